@@ -1,0 +1,324 @@
+"""Memory slots: which guest frames are backed by which host memory.
+
+A `Memslots` is an immutable snapshot of one address space (address space 1 is SMM's).  A
+change builds a new snapshot and publishes it by one assignment, as the kernel does with RCU,
+so that a reader holding a snapshot sees one generation and never half a change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from errno import EEXIST, EINVAL
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from pykvm.abi import CData, Gfn, Gpa, Hva, uapi
+from pykvm.abi.errors import KvmError
+from pykvm.abi.ioctl import In, vm_ioctl
+from pykvm.abi.uaccess import copy_from_user, copy_to_user
+
+if TYPE_CHECKING:
+    from pykvm.kvm.vm import Vm
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+TASK_SIZE_MAX = 0x7FFF_FFFF_F000
+# Slot numbers behind the user's are the kernel's own (TSS, identity map, APIC page).
+KVM_INTERNAL_MEM_SLOTS = 3
+KVM_USER_MEM_SLOTS = 0x7FFF - KVM_INTERNAL_MEM_SLOTS
+KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
+# A frame number behind this one fits no page table entry: 52-bit physical addresses.
+MAX_GFN = (1 << (52 - PAGE_SHIFT)) - 1
+
+
+class Change(enum.Enum):
+    """What a KVM_SET_USER_MEMORY_REGION does to its slot (enum kvm_mr_change)."""
+
+    CREATE = enum.auto()
+    DELETE = enum.auto()
+    MOVE = enum.auto()
+    FLAGS_ONLY = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Memslot:
+    """One slot. `npages` in 4 KiB pages; `dirty_bitmap`: one bit per page, None while not logging."""
+
+    as_id: int
+    id: int
+    base_gfn: Gfn
+    npages: int
+    userspace_addr: Hva
+    flags: int
+    dirty_bitmap: bytearray | None = None
+
+    @property
+    def end_gfn(self) -> int:
+        """First frame behind the slot."""
+        return self.base_gfn + self.npages
+
+    @property
+    def readonly(self) -> bool:
+        """Guest writes are MMIO exits."""
+        return bool(self.flags & uapi.KVM_MEM_READONLY)
+
+    @property
+    def logging(self) -> bool:
+        """KVM_MEM_LOG_DIRTY_PAGES is set."""
+        return bool(self.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES)
+
+    def hva(self, gfn: int) -> Hva:
+        """Host address of a frame of this slot."""
+        return Hva(self.userspace_addr + ((gfn - self.base_gfn) << PAGE_SHIFT))
+
+    def contains(self, gfn: int) -> bool:
+        """Whether the frame is in this slot."""
+        return self.base_gfn <= gfn < self.base_gfn + self.npages
+
+    def mark_page_dirty(self, gfn: int) -> None:
+        """Set the frame's bit in the dirty bitmap, if there is one."""
+        bitmap = self.dirty_bitmap
+        if bitmap is not None:
+            rel = gfn - self.base_gfn
+            bitmap[rel >> 3] |= 1 << (rel & 7)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Memslots:
+    """The slots of one address space at one generation."""
+
+    generation: int = 0
+    by_id: Mapping[int, Memslot] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    # Sorted by base_gfn; bases[i] is ordered[i].base_gfn, for bisect.
+    ordered: tuple[Memslot, ...] = ()
+    bases: tuple[int, ...] = ()
+
+    def gfn_to_memslot(self, gfn: int) -> Memslot | None:
+        """Return the slot that holds the frame."""
+        at = bisect_right(self.bases, gfn) - 1
+        if at < 0:
+            return None
+        slot = self.ordered[at]
+        return slot if gfn < slot.base_gfn + slot.npages else None
+
+    def overlaps(self, base_gfn: int, npages: int, but: int) -> bool:
+        """Whether a slot other than number `but` has a frame in the range."""
+        end = base_gfn + npages
+        at = max(bisect_right(self.bases, base_gfn) - 1, 0)
+        for slot in self.ordered[at:]:
+            if slot.base_gfn >= end:
+                return False
+            if slot.end_gfn > base_gfn and slot.id != but:
+                return True
+        return False
+
+    def replaced(self, old: Memslot | None, new: Memslot | None, generation: int) -> Memslots:
+        """Return the snapshot that has `new` in place of `old`."""
+        by_id = dict(self.by_id)
+        ordered = list(self.ordered)
+        if old is not None:
+            del by_id[old.id]
+            del ordered[bisect_right(self.bases, old.base_gfn) - 1]
+        if new is not None:
+            by_id[new.id] = new
+            ordered.insert(bisect_right([s.base_gfn for s in ordered], new.base_gfn), new)
+        bases = tuple(s.base_gfn for s in ordered)
+        return Memslots(generation, MappingProxyType(by_id), tuple(ordered), bases)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """The argument of KVM_SET_USER_MEMORY_REGION, taken from the client's struct."""
+
+    slot: int
+    flags: int
+    guest_phys_addr: Gpa
+    memory_size: int
+    userspace_addr: Hva
+
+
+def set_memory_region(vm: Vm, region: Region) -> int:
+    """Create, move, re-flag or delete a slot; the checks are kvm_set_memory_region()'s, in its order."""
+    as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
+    _check_region(vm, region, as_id, slot_id)
+    with vm.slots_lock:
+        slots = vm.memslots[as_id]
+        old = slots.by_id.get(slot_id)
+        if not region.memory_size:
+            if old is None:
+                raise KvmError(EINVAL, f"slot {slot_id}: nothing to delete")
+            _commit(vm, old, None, Change.DELETE)
+            return 0
+        new = Memslot(
+            as_id,
+            slot_id,
+            Gfn(region.guest_phys_addr >> PAGE_SHIFT),
+            region.memory_size >> PAGE_SHIFT,
+            region.userspace_addr,
+            region.flags,
+        )
+        change = _classify(old, new)
+        if change is None:
+            return 0
+        if change is not Change.FLAGS_ONLY:
+            if slots.overlaps(new.base_gfn, new.npages, slot_id):
+                raise KvmError(EEXIST, f"slot {slot_id}: {region.guest_phys_addr:#x} overlaps another slot")
+            if new.end_gfn - 1 > MAX_GFN:
+                raise KvmError(EINVAL, f"slot {slot_id}: beyond the physical address width")
+        _commit(vm, old, dataclasses.replace(new, dirty_bitmap=_dirty_bitmap(vm, old, new)), change)
+    return 0
+
+
+def _check_region(vm: Vm, region: Region, as_id: int, slot_id: int) -> None:
+    """Raise EINVAL for what is wrong whatever the slots are."""
+    if slot_id >= KVM_USER_MEM_SLOTS:
+        raise KvmError(EINVAL, f"slot {slot_id}: only {KVM_USER_MEM_SLOTS} slots")
+    if region.flags & ~(uapi.KVM_MEM_LOG_DIRTY_PAGES | uapi.KVM_MEM_READONLY):
+        raise KvmError(EINVAL, f"slot {slot_id}: unknown flags {region.flags:#x}")
+    if region.memory_size % PAGE_SIZE or region.guest_phys_addr % PAGE_SIZE:
+        raise KvmError(EINVAL, f"slot {slot_id}: gpa or size is not page-aligned")
+    if region.userspace_addr % PAGE_SIZE or region.userspace_addr + region.memory_size > TASK_SIZE_MAX:
+        raise KvmError(EINVAL, f"slot {slot_id}: hva {region.userspace_addr:#x} is no range of user pages")
+    if as_id >= len(vm.memslots):
+        raise KvmError(EINVAL, f"address space {as_id} does not exist")
+    if region.guest_phys_addr + region.memory_size >= 1 << 64:
+        raise KvmError(EINVAL, f"slot {slot_id}: gpa range wraps around")
+    if region.memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:
+        raise KvmError(EINVAL, f"slot {slot_id}: more than {KVM_MEM_MAX_NR_PAGES} pages")
+
+
+def _classify(old: Memslot | None, new: Memslot) -> Change | None:
+    if old is None:
+        return Change.CREATE
+    if new.userspace_addr != old.userspace_addr or new.npages != old.npages:
+        raise KvmError(EINVAL, f"slot {new.id}: hva and size of an existing slot cannot change")
+    if (new.flags ^ old.flags) & uapi.KVM_MEM_READONLY:
+        raise KvmError(EINVAL, f"slot {new.id}: READONLY of an existing slot cannot change")
+    if new.base_gfn != old.base_gfn:
+        return Change.MOVE
+    return Change.FLAGS_ONLY if new.flags != old.flags else None
+
+
+def _dirty_bitmap(vm: Vm, old: Memslot | None, new: Memslot) -> bytearray | None:
+    if not new.logging:
+        return None
+    if old is not None and old.dirty_bitmap is not None:
+        return old.dirty_bitmap
+    size = dirty_bitmap_bytes(new.npages)
+    return bytearray(b"\xff" * size if vm.dirty_log_initially_set else size)
+
+
+def dirty_bitmap_bytes(npages: int) -> int:
+    """Size of a dirty bitmap as the ABI transfers it: whole 64-bit words."""
+    return (npages + 63) // 64 * 8
+
+
+def _commit(vm: Vm, old: Memslot | None, new: Memslot | None, change: Change) -> None:
+    """Publish the change and make every vCPU see it before the ioctl returns."""
+    slot = new or old
+    assert slot is not None
+    spaces = list(vm.memslots)
+    # One generation for all address spaces, as an MMIO spte carries only one.
+    generation = max(s.generation for s in spaces) + 1
+    for as_id, slots in enumerate(spaces):
+        if as_id == slot.as_id:
+            spaces[as_id] = slots.replaced(old, new, generation)
+        else:
+            spaces[as_id] = dataclasses.replace(slots, generation=generation)
+    vm.memslots = tuple(spaces)
+    vm.mmu.on_memslots_changed(old, new, change)
+
+
+@vm_ioctl("KVM_SET_USER_MEMORY_REGION", In("struct kvm_userspace_memory_region"), cap="KVM_CAP_USER_MEMORY")
+def set_user_memory_region(vm: Vm, region: CData) -> int:
+    """Create, move, re-flag or delete a memory slot.
+
+    memory_size 0 deletes; another guest_phys_addr moves; an identical call does nothing.
+
+    Errors:
+        EINVAL  gpa, size or hva not page-aligned or out of range; unknown flags; slot or address
+                space out of range; delete of an empty slot; resize; another hva or READONLY
+        EEXIST  the new range overlaps another slot of the address space
+    Source: api.rst 4.35; virt/kvm/kvm_main.c kvm_set_memory_region
+    """
+    return set_memory_region(
+        vm,
+        Region(
+            int(region.slot),
+            int(region.flags),
+            Gpa(int(region.guest_phys_addr)),
+            int(region.memory_size),
+            Hva(int(region.userspace_addr)),
+        ),
+    )
+
+
+def _pieces(vm: Vm, gpa: int, size: int, as_id: int) -> Iterator[tuple[Memslot | None, int, int]]:
+    """Split [gpa, gpa + size) at page ends: (slot, gpa, length)."""
+    slots = vm.memslots[as_id]
+    while size:
+        n = min(size, PAGE_SIZE - gpa % PAGE_SIZE)
+        yield slots.gfn_to_memslot(gpa >> PAGE_SHIFT), gpa, n
+        gpa += n
+        size -= n
+
+
+def read_guest(vm: Vm, gpa: int, size: int, as_id: int = 0) -> bytes | None:
+    """Return guest memory, or None where there is no slot or no host memory behind it."""
+    out = b""
+    for slot, at, n in _pieces(vm, gpa, size, as_id):
+        if slot is None:
+            return None
+        try:
+            out += copy_from_user(slot.hva(at >> PAGE_SHIFT) + at % PAGE_SIZE, n)
+        except KvmError:
+            return None
+    return out
+
+
+def write_guest(vm: Vm, gpa: int, data: bytes, as_id: int = 0) -> bool:
+    """Write guest memory as the kernel does (dirty-logged); False when it is not there or READONLY."""
+    done = 0
+    for slot, at, n in _pieces(vm, gpa, len(data), as_id):
+        if slot is None or slot.readonly:
+            return False
+        try:
+            copy_to_user(slot.hva(at >> PAGE_SHIFT) + at % PAGE_SIZE, data[done : done + n])
+        except KvmError:
+            return False
+        vm.mmu.mark_page_dirty(slot, at >> PAGE_SHIFT)
+        done += n
+    return True
+
+
+def hva_ranges(vm: Vm) -> tuple[tuple[int, int], ...]:
+    """Host ranges [start, end) behind the VM's slots."""
+    return tuple(
+        (s.userspace_addr, s.userspace_addr + (s.npages << PAGE_SHIFT))
+        for slots in vm.memslots
+        for s in slots.ordered
+    )
+
+
+def invalidate_range(vm: Vm, start: int, end: int) -> None:
+    """Drop every translation to host memory in [start, end): the MMU notifier's role.
+
+    Called before the client's munmap, mmap over it, mremap or mprotect takes effect.
+    """
+    for slots in vm.memslots:
+        for slot in slots.ordered:
+            first = max(start, slot.userspace_addr)
+            last = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT))
+            if first < last:
+                gfn = slot.base_gfn + ((first - slot.userspace_addr) >> PAGE_SHIFT)
+                npages = (last - first + PAGE_SIZE - 1) >> PAGE_SHIFT
+                vm.mmu.unmap_gfn_range(slot.as_id, gfn, gfn + npages)
+
+
+def new_address_spaces(count: int) -> tuple[Memslots, ...]:
+    """Return the empty address spaces of a new VM."""
+    return tuple(Memslots() for _ in range(count))
+
