@@ -24,12 +24,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from errno import E2BIG
-from types import TracebackType
-from typing import Self, TypeAlias, cast
+from typing import Self, TypeAlias, cast, TYPE_CHECKING
 
 import pykvm
 from pykvm.abi import CData, ffi, uapi
 from pykvm.abi.uaccess import address_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 PAGE_SIZE = 4096
 
@@ -384,7 +386,7 @@ class Vm(_Fd):
 
 def _enable_cap(fd: _Fd, cap: int, args: Sequence[int], flags: int) -> int:
     request = ffi.new("struct kvm_enable_cap *", {"cap": cap, "flags": flags, "args": list(args)})
-    return fd._set(uapi.KVM_ENABLE_CAP, request)  # noqa: SLF001  same module
+    return fd._set(uapi.KVM_ENABLE_CAP, request)
 
 
 class State:
@@ -551,13 +553,13 @@ _MMIO_DATA = 40  # offset of kvm_run.mmio.data
 def _io_exit(vcpu: Vcpu) -> Exit:
     io = vcpu.kvm_run.io
     size, count = int(io.size), int(io.count)
-    data = vcpu._data(int(io.data_offset), size * count)  # noqa: SLF001
+    data = vcpu._data(int(io.data_offset), size * count)
     return Io(io.direction == uapi.KVM_EXIT_IO_OUT, int(io.port), size, count, data)
 
 
 def _mmio_exit(vcpu: Vcpu) -> Exit:
     mmio = vcpu.kvm_run.mmio
-    data = vcpu._data(_MMIO_DATA, int(mmio.len))  # noqa: SLF001
+    data = vcpu._data(_MMIO_DATA, int(mmio.len))
     return Mmio(int(mmio.phys_addr), bool(mmio.is_write), data)
 
 
@@ -608,4 +610,3 @@ _EXITS: dict[int, Callable[[Vcpu], Exit]] = {
     uapi.KVM_EXIT_SET_TPR: lambda vcpu: SetTpr(int(vcpu.kvm_run.cr8)),
     uapi.KVM_EXIT_SYSTEM_EVENT: _system_event,
 }
-

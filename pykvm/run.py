@@ -12,9 +12,7 @@ import dataclasses
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pykvm.client import (
@@ -32,6 +30,8 @@ from pykvm.client import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from collections.abc import Callable
     from pykvm.abi import CData
 
 SERIAL_DATA, SERIAL_LSR = 0x3F8, 0x3FD
@@ -120,7 +120,7 @@ def _elf_image(name: str, data: bytes) -> Image:
 
 
 def _parse_elf(name: str, data: bytes) -> Image:
-    wide = data[4] == 2  # noqa: PLR2004  ELFCLASS64
+    wide = data[4] == 2
     machine = struct.unpack_from("<H", data, 18)[0]
     if machine not in (3, 62):
         raise ImageError(f"{name}: ELF machine {machine} is not x86")

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from errno import EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
-from pykvm.abi import CData, address, uapi
+from pykvm.abi import CData, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, InOut, vm_ioctl
+from pykvm.abi.uaccess import address_of
 from pykvm.kvm.caps import vm_cap
 from pykvm.kvm.memslots import KVM_USER_MEM_SLOTS, Memslot, dirty_bitmap_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pykvm.abi.uaccess import UserMemory
     from pykvm.kvm.vm import Vm
-
-_NONZERO = re.compile(rb"[^\0]", re.DOTALL)
 
 
 def _logged_slot(vm: Vm, number: int) -> tuple[Memslot, bytearray]:
@@ -29,16 +25,6 @@ def _logged_slot(vm: Vm, number: int) -> tuple[Memslot, bytearray]:
     if slot is None or slot.dirty_bitmap is None:
         raise KvmError(ENOENT, f"slot {number:#x} has no dirty log")
     return slot, slot.dirty_bitmap
-
-
-def set_bits(bitmap: bytes | bytearray, first: int = 0) -> Iterator[int]:
-    """Yield the numbers of the bits that are set, counted from `first`."""
-    for match in _NONZERO.finditer(bitmap):
-        at = match.start()
-        byte = bitmap[at]
-        for bit in range(8):
-            if byte >> bit & 1:
-                yield first + at * 8 + bit
 
 
 @vm_ioctl("KVM_GET_DIRTY_LOG", In("struct kvm_dirty_log"), user=True)
@@ -55,11 +41,8 @@ def get_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
     """
     with vm.slots_lock:
         slot, bitmap = _logged_slot(vm, int(log.slot))
-        if vm.dirty_log_manual_protect:
-            snapshot = bytes(bitmap)
-        else:
-            snapshot = vm.mmu.take_dirty(slot, bitmap)
-    user.write(address(log.dirty_bitmap), snapshot)
+        snapshot = bytes(bitmap) if vm.dirty_log_manual_protect else vm.mmu.take_dirty(slot, bitmap)
+    user.write(address_of(log.dirty_bitmap), snapshot)
     return 0
 
 
@@ -90,13 +73,15 @@ def clear_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
         left = slot.npages - first
         if left < 0 or num > left or (num < left and num % 64):
             raise KvmError(EINVAL, f"pages {first}+{num} are no range of slot {slot.id}")
-        wanted = user.read(address(log.dirty_bitmap), dirty_bitmap_bytes(num))
+        wanted = user.read(address_of(log.dirty_bitmap), dirty_bitmap_bytes(num))
         vm.mmu.clear_dirty(slot, bitmap, first, wanted)
     return 0
 
 
-@vm_cap("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", value=uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-        | uapi.KVM_DIRTY_LOG_INITIALLY_SET)
+@vm_cap(
+    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+    value=uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.KVM_DIRTY_LOG_INITIALLY_SET,
+)
 def enable_manual_dirty_log_protect(vm: Vm, args: tuple[int, int, int, int]) -> int:
     """Let the client clear the dirty log itself; args[0]: 1 ENABLE, 2 INITIALLY_SET (needs 1).
 

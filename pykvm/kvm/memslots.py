@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
 from errno import EEXIST, EINVAL
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from pykvm.abi.ioctl import In, vm_ioctl
 from pykvm.abi.uaccess import copy_from_user, copy_to_user
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pykvm.kvm.vm import Vm
 
 PAGE_SHIFT = 12
@@ -322,3 +323,15 @@ def new_address_spaces(count: int) -> tuple[Memslots, ...]:
     """Return the empty address spaces of a new VM."""
     return tuple(Memslots() for _ in range(count))
 
+
+_NONZERO = re.compile(rb"[^\0]", re.DOTALL)
+
+
+def set_bits(bitmap: bytes | bytearray, first: int = 0) -> Iterator[int]:
+    """Yield the numbers of the bits that are set, counted from `first`."""
+    for match in _NONZERO.finditer(bitmap):
+        at = match.start()
+        byte = bitmap[at]
+        for bit in range(8):
+            if byte >> bit & 1:
+                yield first + at * 8 + bit

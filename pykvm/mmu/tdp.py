@@ -7,7 +7,6 @@ processor has flushed (`PageTable.take_zapped`, `commit_zap`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pykvm.abi import CData, Gfn, lib
@@ -15,15 +14,19 @@ from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MmuPage, PageTable, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from pykvm.kvm.memslots import Memslot
+    from pykvm.mmu.base import Stat
 
 
 class Tdp:
     """The tables of one address space."""
 
-    def __init__(self, pages: PageTable, role: Role) -> None:
+    def __init__(self, pages: PageTable, role: Role, stat: Stat) -> None:
         """Allocate the root."""
         self.pages = pages
+        self.stat = stat
         self.root = pages.alloc(Gfn(0), role)
         self.root.root_count = 1
 
@@ -39,8 +42,12 @@ class Tdp:
             flush = flush or (old ^ spte) & sptes.PFN_MASK != 0 or bool(old & sptes.W & ~spte)
             # The processor may have set D since: it is the page's, keep it.
             spte |= old & sptes.DIRTY if not (old ^ spte) & sptes.PFN_MASK else 0
-        lib.spte_xchg(sptep, spte)
+        self._count(lib.spte_xchg(sptep, spte), spte, level)
         return flush
+
+    def _count(self, old: int, new: int, level: int) -> None:
+        was = sptes.is_shadow_present(old) and sptes.is_last(old, level)
+        self.stat.count_page(level, sptes.is_shadow_present(new) - was)
 
     def _descend(self, gfn: int, level: int) -> tuple[MmuPage, bool]:
         """Return the table of `level` for the frame, making those missing on the way."""
@@ -54,7 +61,7 @@ class Tdp:
             # A large leaf in the way goes: its frames come back one by one.
             flush = flush or sptes.is_shadow_present(spte)
             child = self._link_child(page, gfn)
-            lib.spte_xchg(sptep, sptes.make_nonleaf_spte(child.spt_addr))
+            self._count(lib.spte_xchg(sptep, sptes.make_nonleaf_spte(child.spt_addr)), 0, page.role.level)
             page = child
         return page, flush
 
@@ -62,7 +69,7 @@ class Tdp:
         level = page.role.level - 1
         base = gfn & ~(sptes.pages_per(level + 1) - 1)
         child = self.pages.alloc(Gfn(base), Role(level, smm=page.role.smm))
-        child.parent = (page, sptes.index(gfn, page.role.level))
+        child.parents.add((page, sptes.index(gfn, page.role.level)))
         return child
 
     def find(self, gfn: int) -> tuple[CData, int, int] | None:
@@ -100,7 +107,7 @@ class Tdp:
         """Drop every translation of frames in [first, end); True when processors must flush."""
         flush = False
         for page, i, spte in list(self.leaves(first, end)):
-            lib.spte_xchg(page.spt + i, 0)
+            self._drop(page, i)
             flush = flush or sptes.is_shadow_present(spte)
         return self._prune(self.root, first, end) or flush
 
@@ -131,13 +138,18 @@ class Tdp:
             if sptes.is_mmio(spte):
                 lib.spte_xchg(page.spt + i, 0)
 
+    def _drop(self, page: MmuPage, index: int) -> None:
+        self._count(lib.spte_xchg(page.spt + index, 0), 0, page.role.level)
+
     def _zap_subtree(self, page: MmuPage) -> None:
-        for spte in page.entries():
+        for index, spte in enumerate(page.entries()):
             if sptes.is_shadow_present(spte) and not sptes.is_last(spte, page.role.level):
                 self._zap_subtree(self.pages.child(spte))
-        self.pages.zap(page)
+            elif sptes.is_shadow_present(spte):
+                self._drop(page, index)
+        self.pages.remove(page)
 
-    def write_protect(self, slot: Memslot, gfns: Iterator[int]) -> bool:
+    def write_protect(self, gfns: Iterable[int]) -> bool:
         """Make the frames' next write fault again; large leaves are dropped. True: flush."""
         flush = False
         for gfn in gfns:
@@ -146,7 +158,7 @@ class Tdp:
                 continue
             sptep, _, level = found
             if level > sptes.PG_LEVEL_4K:
-                lib.spte_xchg(sptep, 0)
+                self._count(lib.spte_xchg(sptep, 0), 0, level)
                 flush = True
             elif sptes.clear_bits(sptep, sptes.W | sptes.DIRTY) & sptes.W:
                 flush = True
@@ -159,7 +171,7 @@ class Tdp:
             if not sptes.is_shadow_present(spte):
                 continue
             if page.role.level > sptes.PG_LEVEL_4K:
-                lib.spte_xchg(page.spt + i, 0)
+                self._drop(page, i)
                 flush = True
             elif sptes.clear_bits(page.spt + i, sptes.W | sptes.DIRTY) & sptes.W:
                 flush = True
