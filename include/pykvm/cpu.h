@@ -140,13 +140,17 @@ struct cpu_event {
  * the processor takes the entry as MMIO when (spte & ctl.mmio_gen_mask) == ctl.mmio_gen
  * and as not present (EPT violation) otherwise. */
 #define SPTE_MMIO 0x6
+/* Rights of an MMIO entry in shadow mode (tdp: the guest's tables say them). Never in the
+ * generation mask. */
+#define SPTE_MMIO_U 0x800
+#define SPTE_MMIO_W 0x8000000000000000
 #define SPTE_RWX 0x7
 
 /* ---- controls --------------------------------------------------------------------- */
 
 /* ctl.flags */
 #define CPU_TDP 0x1             /* eptp maps gpa; clear: eptp maps linear addresses (shadow) */
-#define CPU_EXIT_HLT 0x2
+#define CPU_EXIT_HLT 0x2        /* HLT exits in any case: a processor has nowhere to wait */
 #define CPU_EXIT_PAUSE 0x4
 #define CPU_EXIT_MWAIT 0x8      /* MONITOR and MWAIT; clear: they are NOPs */
 #define CPU_EXIT_INVLPG 0x10    /* trap-like, also INVPCID */
@@ -195,8 +199,9 @@ struct cpu_ctl {
     uint64_t mmio_gen, mmio_gen_mask;
     /* Writes the module wants to see although the frame is mapped read-only (READONLY slot,
      * write-protected guest page table): writes to this gfn become MMIO writes for the one
-     * next instruction.  ~0: none. */
-    uint64_t emulate_gfn;
+     * next instruction.  ~0: none.  A/D updates of guest page tables in it are left out.
+     * Shadow mode: emulate_gla says which linear page (exit.gla) maps it. */
+    uint64_t emulate_gfn, emulate_gla;
     uint64_t cr0_valid, cr4_valid, efer_valid; /* bits the guest may set; others #GP */
     uint32_t cpuid[CPU_NR_CPUID];
     uint64_t xcr0_valid;
@@ -239,9 +244,9 @@ enum cpu_exit_reason {
     EXIT_INVLPG,        /* after; gla; qualification 0 = INVLPG, 1 + type for INVPCID */
     EXIT_DR_ACCESS,     /* at; qualification = DR number | write << 4 | gpr << 8 */
     EXIT_MTF,           /* after one instruction with CPU_SINGLE_STEP */
-    EXIT_PAUSE,
-    EXIT_MONITOR,
-    EXIT_MWAIT,
+    EXIT_PAUSE,         /* after */
+    EXIT_MONITOR,       /* at; cpu_skip() or inject */
+    EXIT_MWAIT,         /* the same */
     EXIT_RSM,           /* at */
     EXIT_XSETBV,        /* at; cpu_skip() or inject */
     EXIT_HOST_FAULT,    /* at; guest memory at host address `hva` is gone (SIGSEGV, SIGBUS) */

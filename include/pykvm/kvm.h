@@ -1520,6 +1520,16 @@ struct kvm_ioeventfd {
 };
 
 /* ---------------------------------------------------------------------------------------------
+ * Limits of Linux's implementation that a client can meet
+ * ------------------------------------------------------------------------------------------ */
+
+#define KVM_MAX_CPUID_ENTRIES                256        /* of KVM_SET_CPUID2, KVM_GET_SUPPORTED_CPUID */
+#define MAX_IO_MSRS                          256        /* of KVM_GET_MSRS and KVM_SET_MSRS */
+#define KVM_MAX_IRQ_ROUTES                   4096
+#define KVM_USER_MEM_SLOTS                   32764      /* per address space */
+#define KVM_MEM_MAX_NR_PAGES                 ((1UL << 31) - 1)
+
+/* ---------------------------------------------------------------------------------------------
  * Time
  * ------------------------------------------------------------------------------------------ */
 
@@ -1694,6 +1704,87 @@ struct kvm_stats_desc {
 #define KVM_EINVAL                           22
 #define KVM_EOPNOTSUPP                       95
 #define KVM_ENOSYS                           1000
+
+/* KVM_HC_MAP_GPA_RANGE, third argument */
+#define KVM_MAP_GPA_RANGE_PAGE_SZ_4K         0
+#define KVM_MAP_GPA_RANGE_PAGE_SZ_2M         (1 << 0)
+#define KVM_MAP_GPA_RANGE_PAGE_SZ_1G         (1 << 1)
+#define KVM_MAP_GPA_RANGE_ENCRYPTED          (1 << 4)
+#define KVM_MAP_GPA_RANGE_DECRYPTED          (0 << 4)
+
+/* KVM_HC_CLOCK_PAIRING */
+#define KVM_CLOCK_PAIRING_WALLCLOCK          0
+
+struct kvm_clock_pairing {
+    int64_t sec;
+    int64_t nsec;
+    uint64_t tsc;
+    uint32_t flags;
+    uint32_t pad[9];
+};
+
+/* MSR_KVM_WALL_CLOCK_NEW: time of boot; an odd version means that it is being written */
+struct pvclock_wall_clock {
+    uint32_t version;
+    uint32_t sec;
+    uint32_t nsec;
+};
+
+/* MSR_KVM_SYSTEM_TIME_NEW: ns = system_time + ((tsc - tsc_timestamp) << tsc_shift) * mul >> 32 */
+struct pvclock_vcpu_time_info {
+    uint32_t version;
+    uint32_t pad0;
+    uint64_t tsc_timestamp;
+    uint64_t system_time;
+    uint32_t tsc_to_system_mul;
+    int8_t tsc_shift;
+    uint8_t flags;
+    uint8_t pad[2];
+};
+
+#define PVCLOCK_TSC_STABLE_BIT               (1 << 0)
+#define PVCLOCK_GUEST_STOPPED                (1 << 1)
+
+/* bit 0 of MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_STEAL_TIME and MSR_KVM_PV_EOI_EN */
+#define KVM_MSR_ENABLED                      1
+
+/* MSR_KVM_STEAL_TIME */
+struct kvm_steal_time {
+    uint64_t steal;
+    uint32_t version;
+    uint32_t flags;
+    uint8_t preempted;
+    uint8_t u8_pad[3];
+    uint32_t pad[11];
+};
+
+#define KVM_VCPU_PREEMPTED                   (1 << 0)
+#define KVM_VCPU_FLUSH_TLB                   (1 << 1)
+#define KVM_STEAL_ALIGNMENT_BITS             5
+#define KVM_STEAL_VALID_BITS                 (-1ULL << (KVM_STEAL_ALIGNMENT_BITS + 1))
+#define KVM_STEAL_RESERVED_MASK              (((1 << KVM_STEAL_ALIGNMENT_BITS) - 1) << 1)
+
+/* MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT */
+struct kvm_vcpu_pv_apf_data {
+    uint32_t flags;
+    uint32_t token;
+    uint8_t pad[56];
+};
+
+#define KVM_ASYNC_PF_ENABLED                 (1 << 0)
+#define KVM_ASYNC_PF_SEND_ALWAYS             (1 << 1)
+#define KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT   (1 << 2)
+#define KVM_ASYNC_PF_DELIVERY_AS_INT         (1 << 3)
+#define KVM_ASYNC_PF_VEC_MASK                0xff
+#define KVM_PV_REASON_PAGE_NOT_PRESENT       1
+#define KVM_PV_REASON_PAGE_READY             2
+
+/* MSR_KVM_PV_EOI_EN, MSR_KVM_MIGRATION_CONTROL */
+#define KVM_PV_EOI_BIT                       0
+#define KVM_PV_EOI_MASK                      (0x1 << KVM_PV_EOI_BIT)
+#define KVM_PV_EOI_ENABLED                   KVM_PV_EOI_MASK
+#define KVM_PV_EOI_DISABLED                  0x0
+#define KVM_MIGRATION_READY                  (1 << 0)
 
 /* ---------------------------------------------------------------------------------------------
  * Nested virtualization
