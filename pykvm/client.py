@@ -24,9 +24,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from errno import E2BIG
-from typing import Self, TypeAlias, cast, TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
-import pykvm
+from pykvm import device as fake
 from pykvm.abi import CData, ffi, uapi
 from pykvm.abi.uaccess import address_of
 
@@ -164,6 +164,10 @@ Exit: TypeAlias = (
 Ioctl: TypeAlias = Callable[[int, int, "int | CData"], int]
 
 
+def _fake_ioctl(fd: int, request: int, arg: int | CData) -> int:
+    return cast("int", fake.ioctl(fd, request, arg))
+
+
 def _real_ioctl(fd: int, request: int, arg: int | CData) -> int:
     if isinstance(arg, int):
         return fcntl.ioctl(fd, request, arg)
@@ -223,8 +227,8 @@ class Kvm(_Fd):
     def __init__(self, device: str | None = None, *, extensions: Iterable[str] = ()) -> None:
         """Open the device."""
         if device is None:
-            fd = pykvm.open("/dev/kvm", extensions=frozenset(extensions))
-            super().__init__(fd, pykvm.ioctl)
+            fd = fake.open(extensions=frozenset(extensions))
+            super().__init__(fd, _fake_ioctl)
         else:
             super().__init__(os.open(device, os.O_RDWR | os.O_CLOEXEC), _real_ioctl)
 
@@ -525,7 +529,7 @@ class Vcpu(_Fd):
 
     def instructions(self) -> int | None:
         """Return how many instructions the guest has retired; None on a real device."""
-        return None if self._ioctl is _real_ioctl else pykvm.instructions(self.fd)
+        return None if self._ioctl is _real_ioctl else fake.instructions(self.fd)
 
     def close(self) -> None:
         """Unmap kvm_run and close the descriptor."""

@@ -30,8 +30,9 @@ from pykvm.client import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable
+    from pathlib import Path
+
     from pykvm.abi import CData
 
 SERIAL_DATA, SERIAL_LSR = 0x3F8, 0x3FD

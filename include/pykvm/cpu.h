@@ -74,9 +74,10 @@ struct cpu_fpu {
     uint64_t fip, fdp;
     uint32_t mxcsr;
     uint32_t mxcsr_mask;
+    uint64_t xinuse;    /* XINUSE of XSAVE: which components are not in their init state */
+    uint64_t reserved;  /* the processor keeps ymm[] aligned to 32 bytes */
     uint8_t st[8][16];  /* ST(i), 80 bits each, in stack order as FXSAVE stores them */
     uint8_t ymm[16][32]; /* XMM in the low half */
-    uint64_t xinuse;    /* XINUSE of XSAVE: which components are not in their init state */
 };
 
 struct cpu_guest {
@@ -362,6 +363,10 @@ void spt_free(uint64_t *spt);
 /* 1 when [hva, hva+len) can be read (write=0) or written (write=1) by this process. */
 int host_probe(uint64_t hva, uint64_t len, int write);
 uint64_t host_tsc(void);
+
+/* The bits of ctl.cpuid[word] that this host lets the guest have: vector instructions are
+ * executed by the host's own. */
+uint32_t cpu_host_features(int word);
 
 /* Decoding without executing, for `pykvm insns`, tests and exit information.
  * bits: 16, 32, 64.  Returns the length, 0 when invalid, -1 when bytes are missing. */

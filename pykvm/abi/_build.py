@@ -364,39 +364,47 @@ def constant_of(path: Path, name: str) -> str:
     raise BuildError(msg)
 
 
-def build_preload(tree: Tree) -> Path | None:
-    """Build ``libpykvm-preload.so`` when its sources and a shared libpython are there.
+def build_preload(tree: Tree) -> list[Path]:
+    """Build ``libpykvm-preload.so`` and ``libpykvm-embed.so`` when there is a shared libpython.
 
-    ``preload/embed.py`` says what is embedded in two string constants: EMBEDDING_API, the C
-    prototypes that shim.c calls and Python implements, and EMBEDDING_INIT, the code that the library
-    runs when the first of them is called.  shim.c is a translation unit of its own: Python.h sets
-    _FILE_OFFSET_BITS=64, which would make ``open`` and ``open64`` the same symbol.
+    The first is ``preload/shim.c`` alone, and needs no Python; it loads the second, which is
+    ``preload/start.c`` and a cffi embedding.  ``preload/embed.py`` says what is embedded in two string
+    constants: EMBEDDING_API, the C prototypes that Python implements, and EMBEDDING_INIT, the code
+    that the library runs when the first of them is called.
     """
     from cffi import FFI  # noqa: PLC0415
 
     folder = tree.root / "pykvm" / "preload"
-    shim, embed = folder / "shim.c", folder / "embed.py"
-    if not (shim.exists() and embed.exists()):
-        return None
+    shim, start, embed = folder / "shim.c", folder / "start.c", folder / "embed.py"
+    if not (shim.exists() and start.exists() and embed.exists()):
+        return []
     python = libpython_flags()
     if python is None:
         print("pykvm: note: no shared libpython, so no preload library", file=sys.stderr)
-        return None
+        return []
     api, init = constant_of(embed, "EMBEDDING_API"), constant_of(embed, "EMBEDDING_INIT")
+    preamble = '#include "embed.h"\n'
 
     def module() -> FFI:
         ffi = FFI()
         ffi.embedding_api(api)
-        ffi.set_source("_pykvm_preload", "#include <stdint.h>\n")
+        ffi.set_source("_pykvm_preload", preamble)
         ffi.embedding_init_code(init)
         return ffi
 
-    generated = write_module(module, tree.scratch / "_pykvm_preload.c", f"{api}\n{init}")
-    objects = [
-        tree.object(shim, [*tree.variant.cflags, *tree.includes]),
-        tree.object(generated, tree.generated_flags()),
+    generated = write_module(module, tree.scratch / "_pykvm_preload.c", f"{api}\n{init}\n{preamble}")
+    includes = [*tree.includes, f"-I{folder}"]
+    python_include = f"-I{sysconfig.get_path('include')}"
+    shim_object = tree.object(shim, [*tree.variant.cflags, *includes])
+    embed_objects = [
+        tree.object(start, [*tree.variant.cflags, *includes, python_include]),
+        tree.object(generated, [*tree.generated_flags(), f"-I{folder}"]),
     ]
-    return tree.install(tree.link("libpykvm-preload.so", objects, [*python, "-ldl"]), "pykvm/preload")
+    libraries = [
+        tree.link("libpykvm-preload.so", [shim_object], ["-ldl"]),
+        tree.link("libpykvm-embed.so", embed_objects, [*python, "-ldl"]),
+    ]
+    return [tree.install(library, "pykvm/preload") for library in libraries]
 
 
 def build_guests(tree: Tree) -> list[Path]:
@@ -432,8 +440,7 @@ def build(root: Path, variant: Variant, *, unfinished: bool = True) -> list[Path
     """Build everything; return the files that belong into the package."""
     tree = Tree(root, variant)
     with locked(tree.scratch / ".lock"):
-        built = [build_native(tree, unfinished=unfinished), build_preload(tree), *build_guests(tree)]
-    return [path for path in built if path is not None]
+        return [build_native(tree, unfinished=unfinished), *build_preload(tree), *build_guests(tree)]
 
 
 # ---- the type stub ---------------------------------------------------------------------------------

@@ -15,9 +15,27 @@ static const uint64_t never_blocked = BIT(SIGSEGV) | BIT(SIGBUS) | BIT(SIGFPE) |
 static const uint64_t ignored_by_default =
     BIT(SIGCHLD) | BIT(SIGCONT) | BIT(SIGURG) | BIT(SIGWINCH);
 
+/* The preload library runs no handler of the client's while an ioctl is under way. */
+static __thread struct {
+    int on, taken;
+    uint64_t blocked;
+} held;
+
+void signals_held(int on, uint64_t blocked)
+{
+    held.on = on;
+    held.taken = 0;
+    held.blocked = blocked;
+}
+
 uint64_t signals_block(void)
 {
     uint64_t all = ~never_blocked, before = 0;
+
+    if (held.on && !held.taken) {
+        held.taken = 1;
+        return held.blocked;
+    }
 
     syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &before, sizeof all);
     return before;
@@ -25,6 +43,10 @@ uint64_t signals_block(void)
 
 void signals_restore(uint64_t blocked)
 {
+    if (held.on && held.taken && blocked == held.blocked) {
+        held.taken = 0;
+        return;
+    }
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &blocked, NULL, sizeof blocked);
 }
 

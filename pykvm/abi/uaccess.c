@@ -56,9 +56,20 @@ int64_t file_inode(int fd)
     return st.st_dev == memfd_dev() ? (int64_t)st.st_ino : 0;
 }
 
+/* Clients expect the lowest free number for what they open. */
+#define OUT_OF_THE_WAY 1000
+
 int file_queue(void)
 {
-    return inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+    int queue = inotify_init1(IN_NONBLOCK | IN_CLOEXEC), high;
+
+    if (queue < 0)
+        return -1;
+    high = fcntl(queue, F_DUPFD_CLOEXEC, OUT_OF_THE_WAY);
+    if (high < 0)
+        return queue;
+    close(queue);
+    return high;
 }
 
 /* Maps the file and puts in place of the memfd another open file of the same inode.

@@ -17,6 +17,7 @@
 #ifndef PYKVM_CORE_H
 #define PYKVM_CORE_H
 
+#include <setjmp.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -88,7 +89,13 @@ enum ea_kind {
 struct insn {
     insn_fn fn;
     s64 disp;        /* displacement (RIP-relative: against the block's first byte) */
-    u64 imm;         /* immediate, sign-extended to 64 bits; branch: displacement */
+    union {
+        u64 imm;     /* immediate, sign-extended to 64 bits; branch: displacement */
+        struct {     /* vector rows: registers as byte offsets from guest.fpu.ymm */
+            u8 imm8;
+            u16 vd, va, vb; /* destination, first source (legacy encoding: = vd), last source */
+        };
+    };
     const struct op *op;
     u8 dst, src;     /* GPR operands: byte offset into the register file; others: number */
     u8 base, index;  /* register numbers, 16 = none, 17 = RIP */
@@ -108,12 +115,14 @@ struct block {
     u64 epoch;            /* usable without a check while equal to cpu->epoch; 0 = dead */
     uintptr_t hva;        /* host address of the first byte */
     uintptr_t hva2;       /* page crossing instruction: host address of the second page, else 0 */
-    u32 mode;             /* cpu->mode it was decoded for */
+    u16 mode;             /* cpu->mode it was decoded for */
     u16 n;                /* instructions, without the closing x_end */
     u16 len;              /* bytes */
+    u16 repeats;          /* the last one is a REP: it may come back unfinished */
     struct block *link[2];
     struct block *next;   /* hash chain */
     struct block *page_next; /* blocks of the same host page, for invalidation */
+    struct block *page2_next; /* blocks that reach into the same second page */
     const u8 *bytes;      /* copy of what was decoded */
     struct insn insn[];
 };
@@ -127,8 +136,12 @@ struct block {
 #define MODE_FLAT 0x8    /* CS, DS, ES, SS have base 0, 4 GiB limit and are usable, writable */
 #define MODE_STEP 0x10   /* block of one instruction: side effects in order, stop after it */
 #define MODE_PE 0x20     /* protected mode and not virtual-8086 */
-#define MODE_CPL3 0x40
+#define MODE_CPL3 0x40   /* CPL is not 0: privileged instructions are #GP(0) */
 #define MODE_LMA 0x80
+#define MODE_SSE 0x100   /* no reason in CR0, CR4 not to execute legacy SSE */
+#define MODE_AVX 0x200   /* nor in CR0, CR4, XCR0 for VEX */
+#define MODE_XM 0x400    /* MXCSR leaves an exception unmasked */
+#define MODE_FPU 0x800   /* no reason in CR0 (EM, TS) not to execute x87 and MMX */
 
 /* ---- instruction table ---------------------------------------------------------------- */
 
@@ -168,6 +181,17 @@ enum form {
     F_XLAT,
     F_MODRM, /* ModRM present; the handler looks at insn.modrm, dst, src, I_MEM itself */
     F_MODRM_I8,
+    F_S,     /* segment register in the opcode */
+    F_G_V_E, F_G_E_V, F_V_E, /* VEX: vvvv is a GPR */
+    /* Vector rows (O_SSE). V: register of reg, H: of vvvv (legacy: the destination), W: r/m, X: W
+     * that is a GPR or memory, G: reg that is a GPR; the first is the destination. */
+    F_V_W, F_V_W_I8, F_V_H_W, F_V_H_W_I8, F_W_V, F_W_H_V, F_W_V_I8,
+    F_H_W_I8,                    /* shifts */
+    F_V_X, F_V_H_X, F_V_H_X_I8, F_X_V, F_X_V_I8,
+    F_G_W, F_G_W_I8,
+    F_V_W_DI,                    /* registers, and memory at DS:rDI */
+    F_X87,   /* ModRM; imm = the 11 bits of the x87 opcode, as FOP holds them */
+    F_MMX, F_MMX_I8, /* ModRM: the handler takes MMX registers from insn.modrm, others from dst, src */
     F_MAX
 };
 
@@ -192,6 +216,19 @@ enum form {
 #define O_NOVEX 0x20000
 #define O_SSE 0x40000    /* XMM state: #NM, #UD checks by CR0.TS, CR0.EM, CR4.OSFXSR */
 #define O_CODE 0x80000   /* sub: [0] 16/32-bit code, [1] 64-bit code */
+#define O_ENC 0x100000   /* sub: [0] legacy encoding, [1] VEX */
+#define O_REXB 0x200000  /* sub: [0] B=0, [1] B=1 */
+#define O_VVVV 0x400000  /* uses VEX.vvvv though its form does not say so (other rows: must be 1111) */
+#define O_L256 0x800000  /* VEX.L may be 1 */
+#define O_LIG O_L256     /* scalar: VEX.L is ignored */
+#define O_VSIB 0x1000000 /* the index of the SIB byte is a vector register number */
+#define O_S32 0x2000000  /* operands of 32 bits, 64 with W, whatever mode and 66 say */
+#define O_NO64 0x4000000 /* REX.W does not make them 64 bits (port I/O) */
+#define O_GFULL 0x8000000 /* O_BYTE, but reg is a whole register (CRC32) */
+#define O_ELSE0 0x10000000 /* without its feature: row [0] of the O_PREFIX table */
+#define O_TFLATE 0x20000000 /* single-step trap only if TF is still set afterwards (INT n, SYSCALL) */
+#define O_FLOAT 0x40000000 /* vector row that looks at MXCSR */
+#define O_AVX2 0x80000000 /* vector row: VEX.256 needs AVX2, not just AVX */
 
 struct op {
     const char *name;
@@ -246,6 +283,9 @@ struct exception {
 
 struct codepage; /* block.c */
 
+/* cpu.request: a FLUSH_* is being done. cpu_sync() waits for this as for the request itself. */
+#define R_FLUSHING 0x80000000u
+
 struct cpu {
     struct vmcs vmcs;
 
@@ -253,7 +293,7 @@ struct cpu {
     u64 cc_res, cc_aux;       /* lazy status flags, see below */
     struct tlb *tlb;          /* current context */
     u64 seg_base[8];          /* [0..5] bases, [SEG_ZERO] = 0 */
-    u64 ip_mask;              /* 0xffff, 0xffffffff, ~0 */
+    u64 ip_mask;              /* 64-bit mode ~0, else 0xffffffff: only 16-bit branches truncate */
     u64 sp_mask;              /* 0xffff, 0xffffffff, ~0 */
     u32 mode;
     u32 cpl;
@@ -268,7 +308,7 @@ struct cpu {
     const struct insn *insn;  /* the instruction that stopped */
     struct exception exc;
     bool step;                /* executing a MODE_STEP block: MMIO and code writes allowed */
-    bool delivering;          /* event delivery in progress: accesses are implicit supervisor */
+    bool delivering;          /* event delivery in progress: linear addresses are 64 bits in long mode */
     struct cpu_event vectoring; /* the event being delivered */
 
     /* replay of the answers in ctl.mmio[] */
@@ -280,12 +320,36 @@ struct cpu {
     u32 rmw_size;
 
     struct tlb *ctx;          /* NR_CTX contexts */
-    struct tlb_state *ts;     /* tlb.c: fill log, victim, large pages, gpa cache */
+    struct tlb_state *ts;     /* tlb.c: second level, fill log, large pages, breakpoints */
+    struct walk_cache *wc;    /* walk.c */
     struct block_cache *bc;   /* block.c */
     u64 preempt_at;           /* host TSC */
-    u64 insns_at_entry;
+    u64 insns_at_entry;       /* retired so far = insns_at_entry - budget */
+    u64 check_at;             /* host TSC of the next look at signals */
+    u32 attention;            /* enter.c: every boundary is to be looked at (windows, breakpoints) */
+    bool mtf;                 /* EXIT_MTF is due */
+    bool repeating;           /* the stepped instruction is a REP that is not through */
+    u32 shadow;               /* CPU_BLOCK_* and RFLAGS.RF that end with the instruction being */
+    u64 rf;                   /* stepped, put back when it stops uncommitted */
+    u64 insn_end;             /* stats.insns at which ctl.insn_budget is used up */
     bool check_signals;
     u64 signal_mask;
+    u32 cpuid[CPU_NR_CPUID];  /* ctl.cpuid as of the last cpu_state_changed() */
+
+    /* DR6 bits of data breakpoints that an instruction hit in step mode (elsewhere such an
+     * access is STOP_STEP): 0 at the start of every attempt, into guest.pending_dbg at retire. */
+    u32 data_bp;
+
+    sigjmp_buf guard; /* host.c: where a SIGSEGV on guest memory comes back to */
+
+    u8 fpu_where;             /* fpu.h: where the x87 and MMX state is */
+    u16 host_fcw;             /* x87 control word of the module, while the host FPU holds the guest's state */
+
+    /* vector.c. While in guest mode MXCSR of the host thread is the guest's, all masked: nothing
+     * else in the core may use SSE floating point. */
+    u32 host_mxcsr;           /* of the module */
+    u32 fault_mxcsr;          /* at the SIGSEGV that came back to guard */
+    _Alignas(32) u8 vscratch[32]; /* memory operand that the fast path could not take */
 };
 
 /* ---- registers ---------------------------------------------------------------------------- */
@@ -350,14 +414,41 @@ static inline bool is_canonical(const struct cpu *cpu, u64 a)
     return (u64)((s64)(a << shift) >> shift) == a;
 }
 
+/* ---- vector state (vector.c) ----------------------------------------------------------------- */
+
+#define XFEATURES_AVX (XFEATURE_MASK_SSE | XFEATURE_MASK_YMM)
+
+/* What CR0, CR4, XCR0 and MXCSR say of vector instructions. (VEX outside protected mode is not
+ * decoded.) */
+static inline u32 vector_mode(const struct cpu *cpu)
+{
+    const struct cpu_guest *g = &cpu->vmcs.guest;
+    u32 mode = 0;
+
+    if (g->cr0 & X86_CR0_TS)
+        return 0;
+    if (g->cr4 & X86_CR4_OSFXSR && !(g->cr0 & X86_CR0_EM))
+        mode |= MODE_SSE;
+    if (g->cr4 & X86_CR4_OSXSAVE && (g->xcr0 & XFEATURES_AVX) == XFEATURES_AVX)
+        mode |= MODE_AVX;
+    return mode && ~g->fpu.mxcsr & 0x1f80 ? mode | MODE_XM : mode;
+}
+
+/* Around guest mode: MXCSR of the host becomes the guest's and back. recover: after a SIGSEGV. */
+void mxcsr_enter(struct cpu *cpu);
+void mxcsr_leave(struct cpu *cpu);
+static inline void mxcsr_recover(struct cpu *cpu) { __builtin_ia32_ldmxcsr(cpu->fault_mxcsr); }
+
 /* ---- lazy flags ------------------------------------------------------------------------------
  * rflags in the guest state holds everything but the six status flags while the processor
  * runs.  Those are kept as the last result and its carries, with no record of the operation:
  *   cc_res  the result, sign-extended to 64 bits
  *   cc_aux  bit 63 carry out of the top bit, bit 62 carry into it, bit 3 carry out of bit 3,
- *           bits 15:8 correction of the parity byte, bit 16 correction of the sign
+ *           bits 15:8 correction of the parity byte, bit 16 correction of the sign;
+ *           the other bits are anything
  */
 #define CC_CARRIES (3ull << 62)
+#define CC_CORRECTIONS 0x1ff00ull
 static inline bool get_cf(const struct cpu *cpu) { return cpu->cc_aux >> 63; }
 static inline bool get_of(const struct cpu *cpu) { return (cpu->cc_aux ^ cpu->cc_aux << 1) >> 63; }
 static inline bool get_zf(const struct cpu *cpu) { return cpu->cc_res == 0; }
@@ -416,7 +507,7 @@ static inline void set_zf(struct cpu *cpu, bool zf)
 static inline void flags_set(struct cpu *cpu, unsigned bits, u64 r, u64 carries)
 {
     cpu->cc_res = SEXT(bits, r);
-    cpu->cc_aux = (carries << (64 - bits) & CC_CARRIES) | (carries & 8);
+    cpu->cc_aux = bits == 64 ? carries & ~CC_CORRECTIONS : carries << (64 - bits) | (carries & 8);
 }
 static inline void flags_add(struct cpu *cpu, unsigned bits, u64 a, u64 b, u64 r)
 {
@@ -451,8 +542,14 @@ static inline bool condition(const struct cpu *cpu, unsigned cc)
 
 /* ---- going on and stopping ---------------------------------------------------------------------- */
 
-/* Ends every handler that neither branches nor stops. */
-#define NEXT(cpu, i) return (i)[1].fn((cpu), (i) + 1)
+/* Ends every handler that neither branches nor stops. The empty asm keeps `i` itself in a
+ * register until guest memory has been accessed: after a SIGSEGV host.c has to find it. */
+#define NEXT(cpu, i)                                                                               \
+    do {                                                                                           \
+        const struct insn *here_ = (i);                                                            \
+        __asm__ volatile("" : "+r"(here_) : : "memory");                                           \
+        return here_[1].fn((cpu), here_ + 1);                                                      \
+    } while (0)
 
 /* rip of the instruction and behind it (offset in CS). */
 static inline u64 insn_rip(const struct cpu *cpu, const struct insn *i)
@@ -524,7 +621,7 @@ void *mem_direct(struct cpu *cpu, u64 la, unsigned access, unsigned *len);
     static inline bool ld##bits(struct cpu *cpu, u64 la, u##bits *v, unsigned access)              \
     {                                                                                              \
         const struct tlbe *e = &cpu->tlb->r[TLB_INDEX(la)];                                        \
-        if (likely(e->tag == ((la + bits / 8 - 1) & PAGE_MASK))) {                                 \
+        if (likely(e->tag == ((la + bits / 8 - 1) & PAGE_MASK) && !(access & ACC_SYSTEM))) {       \
             *v = *(const volatile u##bits##_mem *)(uintptr_t)(la + e->addend);                     \
             return true;                                                                           \
         }                                                                                          \
@@ -533,7 +630,7 @@ void *mem_direct(struct cpu *cpu, u64 la, unsigned access, unsigned *len);
     static inline bool st##bits(struct cpu *cpu, u64 la, u##bits v, unsigned access)               \
     {                                                                                              \
         const struct tlbe *e = &cpu->tlb->w[TLB_INDEX(la)];                                        \
-        if (likely(e->tag == ((la + bits / 8 - 1) & PAGE_MASK))) {                                 \
+        if (likely(e->tag == ((la + bits / 8 - 1) & PAGE_MASK) && !(access & ACC_SYSTEM))) {       \
             *(volatile u##bits##_mem *)(uintptr_t)(la + e->addend) = v;                            \
             return true;                                                                           \
         }                                                                                          \
@@ -549,7 +646,7 @@ DEFINE_LD_ST(64)
 static inline void *rmw_begin(struct cpu *cpu, u64 la, unsigned size, unsigned access)
 {
     const struct tlbe *e = &cpu->tlb->w[TLB_INDEX(la)];
-    if (likely(e->tag == ((la + size - 1) & PAGE_MASK)))
+    if (likely(e->tag == ((la + size - 1) & PAGE_MASK) && !(access & ACC_SYSTEM)))
         return (void *)(uintptr_t)(la + e->addend);
     return rmw_slow(cpu, la, size, access | ACC_WRITE);
 }
@@ -690,30 +787,54 @@ void block_cache_free(struct cpu *cpu);
 int decode_insn(struct cpu *cpu, const u8 *bytes, unsigned n, u32 mode, struct insn *i);
 int x_end(struct cpu *cpu, const struct insn *i); /* closes a block: rip, LINK0 */
 int x_ud(struct cpu *cpu, const struct insn *i);
+int x_gp0(struct cpu *cpu, const struct insn *i); /* #GP(0) */
 
 /* tlb.c */
 bool tlb_init(struct cpu *cpu);
 void tlb_free(struct cpu *cpu);
-void tlb_flush(struct cpu *cpu);              /* everything */
-void tlb_flush_nonglobal(struct cpu *cpu);    /* may flush more */
+void tlb_flush(struct cpu *cpu);              /* everything, also what is known of SPTEs */
+void tlb_flush_guest(struct cpu *cpu);        /* all linear translations: CR0, CR4, EFER, PKRU changed */
+void tlb_flush_nonglobal(struct cpu *cpu);    /* CR3 loaded; may flush more */
 void tlb_invlpg(struct cpu *cpu, u64 la);     /* whatever page size maps la */
 void tlb_protect_code(struct cpu *cpu, uintptr_t hva_page); /* drop w entries of that host page */
-/* Host address of the instruction byte at la, rights checked; 0 with cpu->stop set. */
+/* Before an entry: flushes when the module changed what translations are made from, without
+ * saying so (root, paging bits, MAXPHYADDR ...), and looks at DR7 (see below). */
+void tlb_check(struct cpu *cpu);
+/* DR0..DR3 or DR7 changed: pages with data breakpoints leave the fast path. */
+void tlb_breakpoints(struct cpu *cpu);
+/* Host address of the instruction byte at la, rights checked; 0 with cpu->stop set. Read it with
+ * host_load(): the page may be gone. */
 uintptr_t tlb_fetch(struct cpu *cpu, u64 la);
+/* The context of data accesses: cpu->tlb = &cpu->ctx[tlb_context(cpu, ...)]. system: implicit
+ * supervisor access, which SMAP checks whatever EFLAGS.AC says (SDM vol. 3 4.6.1). */
+static inline enum tlb_ctx tlb_context(const struct cpu *cpu, bool system)
+{
+    if (cpu->cpl == 3 && !system)
+        return CTX_USER;
+    if (!(cpu->vmcs.guest.cr4 & X86_CR4_SMAP))
+        return CTX_KERNEL;
+    return system || !(cpu->vmcs.guest.rflags & X86_EFLAGS_AC) ? CTX_KERNEL_SMAP : CTX_KERNEL;
+}
 
 /* walk.c: guest page tables x SPTEs */
 struct translation {
-    u64 gpa;          /* tdp */
-    uintptr_t hva;    /* 0: MMIO */
-    u64 page_size;    /* of the smaller of the two mappings, for INVLPG bookkeeping: guest size */
-    bool writable;    /* a later write needs no further walk: W in both, D set in both */
+    u64 gpa;         /* not known in shadow mode, except for MMIO */
+    uintptr_t hva;   /* 0: no memory there */
+    u64 page_size;   /* of the guest's mapping, for INVLPG */
+    bool readable;   /* reads need no further walk */
+    bool writable;   /* nor do writes: W in both tables, D set in both */
     bool global;
-    bool mmio;
+    bool mmio;       /* with hva: emulate_gfn, reads go to memory and writes do not */
 };
 /* access: ACC_*; user: CPL 3 rights. false: #PF raised, or exit recorded. */
 bool walk_linear(struct cpu *cpu, u64 la, unsigned access, bool user, struct translation *t);
 bool walk_gpa(struct cpu *cpu, u64 gpa, unsigned access, struct translation *t); /* tdp only */
-/* Loads and checks PDPTEs at cr3; 0, -1 reserved bits, -2 exit recorded. */
+void walk_flush(struct cpu *cpu);       /* forget what is known of SPTEs */
+void walk_flush_guest(struct cpu *cpu); /* ... of upper levels of guest tables */
+bool walk_init(struct cpu *cpu);
+void walk_free(struct cpu *cpu);
+/* Loads and checks PDPTEs at cr3; 0, -1 reserved bits or no memory, -2 exit recorded.
+ * Shadow mode: the module does it at EXIT_CR_ACCESS, here pdptr[] stays what it is. */
 int load_pdptrs(struct cpu *cpu, u64 cr3, u64 pdptr[4]);
 
 /* event.c */
@@ -728,13 +849,11 @@ int x_into(struct cpu *cpu, const struct insn *i);
 int x_int1(struct cpu *cpu, const struct insn *i);
 
 /* segment.c */
-struct desc { u64 raw, raw_hi; u64 base; u32 limit; u32 ar; };
+struct desc { u64 raw, raw_hi; u64 base; u32 limit; u32 ar; u64 la; };
 bool desc_read(struct cpu *cpu, u16 sel, struct desc *d, bool *in_table); /* GDT/LDT; false: fault */
 /* Loads a data or stack segment register with all checks; committed only on success. */
 bool load_segment(struct cpu *cpu, unsigned seg, u16 sel);
 void set_segment_real(struct cpu *cpu, unsigned seg, u16 sel); /* real mode and virtual-8086 */
-bool task_switch(struct cpu *cpu, u16 sel, int how, bool has_error, u32 error, u64 next_rip);
-enum { TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE };
 
 /* system.c */
 bool io_allowed(struct cpu *cpu, u16 port, unsigned size); /* IOPL, TSS bitmap; raises #GP */
@@ -743,7 +862,33 @@ bool write_cr3(struct cpu *cpu, u64 v);
 bool write_cr4(struct cpu *cpu, u64 v);
 u64 guest_tsc(struct cpu *cpu);
 
+/* x87.c: in guest mode the x87 state may live in the host's FPU. */
+void fpu_leave(struct cpu *cpu); /* back to guest.fpu: before anything outside x87.c, mmx.c looks at it */
+/* After a signal whose handler is not returned from; fxsave: the image in its frame. */
+void fpu_rescue(struct cpu *cpu, const void *fxsave);
+/* xsave.c: XINUSE, the state components that are not in their initial configuration */
+u64 fpu_xinuse(struct cpu *cpu);
+
 /* host.c: signals, SIGSEGV/SIGBUS recovery, memory */
 bool host_signal_pending(struct cpu *cpu);
+/* Guest memory that may be gone (unmapped, truncated, poisoned) without the module knowing.
+ * Slow paths use host_*(): false with EXIT_HOST_FAULT recorded. Single accesses for sizes 1, 2,
+ * 4, 8. Handlers access it plainly; there the guard, armed by the outermost frame, gets control:
+ *     if (host_guard_enter(cpu))
+ *         reason = host_guard_fault(cpu);   rip, exit and cpu->stop as for any other exit
+ *     else
+ *         reason = run(cpu);
+ *     host_guard_leave(cpu);
+ * This is the one exception to rule 3: it is sound because of rule 1. Between blocks cpu->block
+ * must be NULL (or rip is taken from it). */
+bool host_load(struct cpu *cpu, void *dst, uintptr_t hva, unsigned size);
+bool host_store(struct cpu *cpu, uintptr_t hva, const void *src, unsigned size);
+/* *old: expected in, found out; compare them for success. size 4 or 8. */
+bool host_cmpxchg(struct cpu *cpu, uintptr_t hva, u64 *old, u64 val, unsigned size);
+bool host_guard_install(void); /* takes SIGSEGV and SIGBUS, again if somebody else has since */
+void host_guard_arm(struct cpu *cpu);
+#define host_guard_enter(cpu) (host_guard_arm(cpu), sigsetjmp((cpu)->guard, 0))
+int host_guard_fault(struct cpu *cpu);
+void host_guard_leave(struct cpu *cpu);
 
 #endif

@@ -10,11 +10,12 @@ from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, InOut, vm_ioctl
 from pykvm.abi.uaccess import address_of
 from pykvm.kvm.caps import vm_cap
-from pykvm.kvm.memslots import KVM_USER_MEM_SLOTS, Memslot, dirty_bitmap_bytes
+from pykvm.kvm.memslots import KVM_USER_MEM_SLOTS, dirty_bitmap_bytes
 
 if TYPE_CHECKING:
     from pykvm.abi.uaccess import UserMemory
     from pykvm.kvm.vm import Vm
+    from pykvm.mmu.slots import Memslot
 
 
 def _logged_slot(vm: Vm, number: int) -> tuple[Memslot, bytearray]:

@@ -1,30 +1,22 @@
-"""Memory slots: which guest frames are backed by which host memory.
-
-A `Memslots` is an immutable snapshot of one address space (address space 1 is SMM's).  A
-change builds a new snapshot and publishes it by one assignment, as the kernel does with RCU,
-so that a reader holding a snapshot sees one generation and never half a change.
-"""
+"""KVM_SET_USER_MEMORY_REGION: the rules by which memory slots change; guest memory for KVM itself."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-import re
-from bisect import bisect_right
 from errno import EEXIST, EINVAL
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pykvm.abi import CData, Gfn, Gpa, Hva, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, vm_ioctl
 from pykvm.abi.uaccess import copy_from_user, copy_to_user
+from pykvm.mmu.slots import PAGE_SHIFT, Change, Memslot, Memslots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
     from pykvm.kvm.vm import Vm
 
-PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 TASK_SIZE_MAX = 0x7FFF_FFFF_F000
 # Slot numbers behind the user's are the kernel's own (TSS, identity map, APIC page).
@@ -33,101 +25,6 @@ KVM_USER_MEM_SLOTS = 0x7FFF - KVM_INTERNAL_MEM_SLOTS
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
 # A frame number behind this one fits no page table entry: 52-bit physical addresses.
 MAX_GFN = (1 << (52 - PAGE_SHIFT)) - 1
-
-
-class Change(enum.Enum):
-    """What a KVM_SET_USER_MEMORY_REGION does to its slot (enum kvm_mr_change)."""
-
-    CREATE = enum.auto()
-    DELETE = enum.auto()
-    MOVE = enum.auto()
-    FLAGS_ONLY = enum.auto()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Memslot:
-    """One slot. `npages` in 4 KiB pages; `dirty_bitmap`: one bit per page, None while not logging."""
-
-    as_id: int
-    id: int
-    base_gfn: Gfn
-    npages: int
-    userspace_addr: Hva
-    flags: int
-    dirty_bitmap: bytearray | None = None
-
-    @property
-    def end_gfn(self) -> int:
-        """First frame behind the slot."""
-        return self.base_gfn + self.npages
-
-    @property
-    def readonly(self) -> bool:
-        """Guest writes are MMIO exits."""
-        return bool(self.flags & uapi.KVM_MEM_READONLY)
-
-    @property
-    def logging(self) -> bool:
-        """KVM_MEM_LOG_DIRTY_PAGES is set."""
-        return bool(self.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES)
-
-    def hva(self, gfn: int) -> Hva:
-        """Host address of a frame of this slot."""
-        return Hva(self.userspace_addr + ((gfn - self.base_gfn) << PAGE_SHIFT))
-
-    def contains(self, gfn: int) -> bool:
-        """Whether the frame is in this slot."""
-        return self.base_gfn <= gfn < self.base_gfn + self.npages
-
-    def mark_page_dirty(self, gfn: int) -> None:
-        """Set the frame's bit in the dirty bitmap, if there is one."""
-        bitmap = self.dirty_bitmap
-        if bitmap is not None:
-            rel = gfn - self.base_gfn
-            bitmap[rel >> 3] |= 1 << (rel & 7)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Memslots:
-    """The slots of one address space at one generation."""
-
-    generation: int = 0
-    by_id: Mapping[int, Memslot] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    # Sorted by base_gfn; bases[i] is ordered[i].base_gfn, for bisect.
-    ordered: tuple[Memslot, ...] = ()
-    bases: tuple[int, ...] = ()
-
-    def gfn_to_memslot(self, gfn: int) -> Memslot | None:
-        """Return the slot that holds the frame."""
-        at = bisect_right(self.bases, gfn) - 1
-        if at < 0:
-            return None
-        slot = self.ordered[at]
-        return slot if gfn < slot.base_gfn + slot.npages else None
-
-    def overlaps(self, base_gfn: int, npages: int, but: int) -> bool:
-        """Whether a slot other than number `but` has a frame in the range."""
-        end = base_gfn + npages
-        at = max(bisect_right(self.bases, base_gfn) - 1, 0)
-        for slot in self.ordered[at:]:
-            if slot.base_gfn >= end:
-                return False
-            if slot.end_gfn > base_gfn and slot.id != but:
-                return True
-        return False
-
-    def replaced(self, old: Memslot | None, new: Memslot | None, generation: int) -> Memslots:
-        """Return the snapshot that has `new` in place of `old`."""
-        by_id = dict(self.by_id)
-        ordered = list(self.ordered)
-        if old is not None:
-            del by_id[old.id]
-            del ordered[bisect_right(self.bases, old.base_gfn) - 1]
-        if new is not None:
-            by_id[new.id] = new
-            ordered.insert(bisect_right([s.base_gfn for s in ordered], new.base_gfn), new)
-        bases = tuple(s.base_gfn for s in ordered)
-        return Memslots(generation, MappingProxyType(by_id), tuple(ordered), bases)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,7 +48,7 @@ def set_memory_region(vm: Vm, region: Region) -> int:
         if not region.memory_size:
             if old is None:
                 raise KvmError(EINVAL, f"slot {slot_id}: nothing to delete")
-            _commit(vm, old, None, Change.DELETE)
+            _commit(vm, old, None, Change.DELETE, as_id)
             return 0
         new = Memslot(
             as_id,
@@ -169,7 +66,7 @@ def set_memory_region(vm: Vm, region: Region) -> int:
                 raise KvmError(EEXIST, f"slot {slot_id}: {region.guest_phys_addr:#x} overlaps another slot")
             if new.end_gfn - 1 > MAX_GFN:
                 raise KvmError(EINVAL, f"slot {slot_id}: beyond the physical address width")
-        _commit(vm, old, dataclasses.replace(new, dirty_bitmap=_dirty_bitmap(vm, old, new)), change)
+        _commit(vm, old, dataclasses.replace(new, dirty_bitmap=_dirty_bitmap(vm, old, new)), change, as_id)
     return 0
 
 
@@ -217,20 +114,18 @@ def dirty_bitmap_bytes(npages: int) -> int:
     return (npages + 63) // 64 * 8
 
 
-def _commit(vm: Vm, old: Memslot | None, new: Memslot | None, change: Change) -> None:
+def _commit(vm: Vm, old: Memslot | None, new: Memslot | None, change: Change, as_id: int) -> None:
     """Publish the change and make every vCPU see it before the ioctl returns."""
-    slot = new or old
-    assert slot is not None
     spaces = list(vm.memslots)
     # One generation for all address spaces, as an MMIO spte carries only one.
     generation = max(s.generation for s in spaces) + 1
-    for as_id, slots in enumerate(spaces):
-        if as_id == slot.as_id:
-            spaces[as_id] = slots.replaced(old, new, generation)
+    for i, slots in enumerate(spaces):
+        if i == as_id:
+            spaces[i] = slots.replaced(old, new, generation)
         else:
-            spaces[as_id] = dataclasses.replace(slots, generation=generation)
+            spaces[i] = dataclasses.replace(slots, generation=generation)
     vm.memslots = tuple(spaces)
-    vm.mmu.on_memslots_changed(old, new, change)
+    vm.mmu.on_memslots_changed(old, new, change, as_id)
 
 
 @vm_ioctl("KVM_SET_USER_MEMORY_REGION", In("struct kvm_userspace_memory_region"), cap="KVM_CAP_USER_MEMORY")
@@ -322,16 +217,3 @@ def invalidate_range(vm: Vm, start: int, end: int) -> None:
 def new_address_spaces(count: int) -> tuple[Memslots, ...]:
     """Return the empty address spaces of a new VM."""
     return tuple(Memslots() for _ in range(count))
-
-
-_NONZERO = re.compile(rb"[^\0]", re.DOTALL)
-
-
-def set_bits(bitmap: bytes | bytearray, first: int = 0) -> Iterator[int]:
-    """Yield the numbers of the bits that are set, counted from `first`."""
-    for match in _NONZERO.finditer(bitmap):
-        at = match.start()
-        byte = bitmap[at]
-        for bit in range(8):
-            if byte >> bit & 1:
-                yield first + at * 8 + bit

@@ -15,9 +15,9 @@ from pykvm.mmu.walk import ACC_EXEC, ACC_USER, ACC_WRITE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pykvm.kvm.memslots import Memslots
     from pykvm.mmu.base import Mmu
     from pykvm.mmu.pages import MmuPage
+    from pykvm.mmu.slots import Memslots
 
 
 def audit(mmu: Mmu, memslots: tuple[Memslots, ...]) -> list[str]:
@@ -69,7 +69,8 @@ def _audit_link(mmu: Mmu, page: MmuPage, index: int, spte: int) -> Iterator[str]
     if child.role.level != page.role.level - 1:
         yield f"{_name(page, index)}: child is of level {child.role.level}"
     if child.role.access & ~page.role.access:
-        yield f"{_name(page, index)}: child grants {child.role.access}, more than its parent's {page.role.access}"
+        granted, had = child.role.access, page.role.access
+        yield f"{_name(page, index)}: child grants {granted}, more than its parent's {had}"
     unsync = child.unsync or child.unsync_children > 0
     if unsync != bool(page.unsync_child_bitmap >> index & 1):
         yield f"{_name(page, index)}: unsync bit is {not unsync}"

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from pykvm.abi import Gfn, Gpa, lib
 from pykvm.abi.errors import KvmError
-from pykvm.kvm.memslots import set_bits
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MmuPage, PageTable, commit_zap
+from pykvm.mmu.slots import set_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pykvm.kvm.memslots import Change, Memslot, Memslots
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
+    from pykvm.mmu.slots import Change, Memslot, Memslots
 
 
 class RetPf(enum.Enum):
@@ -100,7 +100,9 @@ class Mmu(abc.ABC):
         """Point the processor at its root and at the slots' generation (kvm_mmu_load)."""
 
     @abc.abstractmethod
-    def on_memslots_changed(self, old: Memslot | None, new: Memslot | None, change: Change) -> None:
+    def on_memslots_changed(
+        self, old: Memslot | None, new: Memslot | None, change: Change, as_id: int
+    ) -> None:
         """Make the published change true for the processors, before the ioctl returns."""
 
     @abc.abstractmethod
@@ -147,12 +149,16 @@ class Mmu(abc.ABC):
 
     # ---- processors ----
 
-    def flush_remote_tlbs(self) -> None:
-        """Return when no processor uses a translation it looked up before the call."""
+    def flush_remote_tlbs(self, *, reload: bool = False) -> None:
+        """Return when no processor uses a translation it looked up before the call.
+
+        reload: they must also come out, because their root or the slots' generation changed.
+        """
         self.stat.remote_tlb_flush_requests += 1
         cpus = [vcpu.cpu for vcpu in tuple(self._vm.vcpus.values())]
+        request = lib.CPU_REQ_FLUSH_TLB | (lib.CPU_REQ_KICK if reload else 0)
         for cpu in cpus:
-            cpu.request(lib.CPU_REQ_FLUSH_TLB | lib.CPU_REQ_KICK)
+            cpu.request(request)
         for cpu in cpus:
             cpu.sync()
         self.stat.remote_tlb_flush += bool(cpus)

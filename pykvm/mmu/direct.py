@@ -9,10 +9,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from pykvm.abi import CData, Gfn, Gpa, lib
-from pykvm.kvm.memslots import Change, Memslot, Memslots
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.base import Mmu, RetPf, host_access, max_mapping_level
 from pykvm.mmu.pages import Role, commit_zap
+from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.tdp import Tdp
 
 if TYPE_CHECKING:
@@ -155,24 +155,23 @@ class TdpMmu(Mmu):
 
     # ---- slots ----
 
-    def on_memslots_changed(self, old: Memslot | None, new: Memslot | None, change: Change) -> None:
+    def on_memslots_changed(
+        self, old: Memslot | None, new: Memslot | None, change: Change, as_id: int
+    ) -> None:
         """Make the published change true for the processors, before the ioctl returns."""
         with self.lock:
             for role, tdp in self._roots.items():
-                self._apply(role, tdp, old, new, change)
+                if role.smm == bool(as_id):
+                    self._apply(tdp, old, new, change)
             if not self._vm.memslots[0].generation % (1 << sptes.MMIO_GEN_BITS):
                 for tdp in self._roots.values():
                     tdp.zap_mmio()
             zapped = self.pages.take_zapped()
         # Even with nothing zapped: processors hold the generation by which they tell MMIO entries.
-        self.flush_remote_tlbs()
+        self.flush_remote_tlbs(reload=True)
         commit_zap(zapped)
 
-    def _apply(self, role: Role, tdp: Tdp, old: Memslot | None, new: Memslot | None, change: Change) -> None:
-        slot = old or new
-        assert slot is not None
-        if role.smm != bool(slot.as_id):
-            return
+    def _apply(self, tdp: Tdp, old: Memslot | None, new: Memslot | None, change: Change) -> None:
         if change in (Change.DELETE, Change.MOVE) and old is not None:
             tdp.zap_range(old.base_gfn, old.end_gfn)
         elif change is Change.FLAGS_ONLY and old is not None and new is not None:

@@ -11,9 +11,9 @@ from pykvm.abi.uaccess import copy_from_user
 from pykvm.mmu import spte as sptes
 
 if TYPE_CHECKING:
-    from pykvm.mmu.walk import Paging, Walk
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.pages import MmuPage
+    from pykvm.mmu.walk import Paging, Walk
 
 
 class GuestTables:

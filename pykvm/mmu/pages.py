@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from errno import ENOMEM
+from typing import TYPE_CHECKING
 
 from pykvm.abi import CData, Gfn, ffi, lib
 from pykvm.abi.errors import KvmError
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.walk import ACC_ALL
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

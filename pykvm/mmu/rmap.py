@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-
-from pykvm.mmu import spte as sptes
 from typing import TYPE_CHECKING
 
+from pykvm.mmu import spte as sptes
+
 if TYPE_CHECKING:
-    from pykvm.mmu.pages import MmuPage
     from collections.abc import Iterator
+
+    from pykvm.mmu.pages import MmuPage
 
 
 class Rmap:

@@ -13,19 +13,20 @@ import dataclasses
 from errno import ENOMEM
 from typing import TYPE_CHECKING
 
-from pykvm.abi import Gfn, Gpa, ffi, lib, uapi
+from pykvm.abi import Gfn, Gpa, Spte, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
-from pykvm.kvm.memslots import Change, Memslot, Memslots
 from pykvm.mmu import spte as sptes
 from pykvm.mmu import walk
 from pykvm.mmu.base import Mmu, RetPf, host_access, max_mapping_level
 from pykvm.mmu.guest import GuestTables
 from pykvm.mmu.pages import MmuPage, PageTable, Role, commit_zap
 from pykvm.mmu.rmap import Rmap
+from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.walk import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, Access, Fault, Paging, Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
@@ -35,6 +36,7 @@ KVM_REFILL_PAGES = 25
 WRITE_FLOOD_LIMIT = 3
 PTE_PREFETCH_NUM = 8
 PAE_ROOT_LEVEL = 3
+PDPTE_RESERVED = 0x1E6
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -81,7 +83,7 @@ class ShadowMmu(Mmu):
         self._vcpus: dict[int, VcpuMmu] = {}
         self.n_max_mmu_pages = 0
 
-    # ---- entry: kvm_mmu_load ------------------------------------------------------------------------
+    # ---- entry: kvm_mmu_load ----
 
     def state(self, vcpu: Vcpu) -> VcpuMmu:
         """Return the vCPU's part."""
@@ -106,6 +108,22 @@ class ShadowMmu(Mmu):
         ctl.flags |= lib.CPU_EXIT_CR0_CR4 | lib.CPU_EXIT_CR3 | lib.CPU_EXIT_INVLPG
         ctl.eptp, ctl.ept_level = state.root.eptp, state.root.level
         vcpu.cpu.flush_tlb()
+
+    def load_pdptrs(self, vcpu: Vcpu) -> bool:
+        """Latch PAE's four PDPTEs from guest memory; False when one has a reserved bit set (#GP).
+
+        In shadow mode only the module can: the processor knows no guest-physical addresses.
+        """
+        guest = vcpu.cpu.guest
+        if not guest.cr0 & uapi.X86_CR0_PG or not guest.cr4 & uapi.X86_CR4_PAE or guest.efer & uapi.EFER_LMA:
+            return True
+        tables = GuestTables(self._vm, vcpu.as_id)
+        reserved = -(1 << int(vcpu.cpu.ctl.maxphyaddr)) | PDPTE_RESERVED
+        pdptrs = [tables.read((guest.cr3 & 0xFFFF_FFE0) + 8 * i, 8) or 0 for i in range(4)]
+        if any(pdpte & walk.PRESENT and pdpte & reserved for pdpte in pdptrs):
+            return False
+        guest.pdptr = pdptrs
+        return True
 
     def new_cr3(self, vcpu: Vcpu) -> None:
         """The guest wrote CR3: take the root from the last few if it is there, and sync it."""
@@ -203,7 +221,7 @@ class ShadowMmu(Mmu):
             if page.invalid and not page.root_count:
                 self.pages.retire(page)
 
-    # ---- page faults ------------------------------------------------------------------------------------
+    # ---- page faults ----
 
     def page_fault(self, vcpu: Vcpu, gla: int, error_code: int) -> RetPf | Fault:
         """Handle a fault of the shadow tables: map, emulate, or return what the guest must get.
@@ -218,10 +236,11 @@ class ShadowMmu(Mmu):
             bool(error_code & walk.PF_I),
             bool(vcpu.cpu.guest.rflags & uapi.X86_EFLAGS_AC),
         )
-        state = self.state(vcpu)
-        assert state.root is not None
+        root = self.state(vcpu).root
+        if root is None:
+            return RetPf.RETRY
         slots = self.memslots(vcpu)
-        paging = state.root.paging
+        paging = root.paging
         guest = GuestTables(self._vm, vcpu.as_id)
         found = self._walk(paging, gla, want, guest)
         if isinstance(found, Fault):
@@ -229,21 +248,20 @@ class ShadowMmu(Mmu):
             return found
         slot = slots.gfn_to_memslot(found.gfn)
         with self.lock:
-            tracked = want.write and self._is_write_tracked(found.gfn, smm=bool(vcpu.as_id))
-            if tracked:
-                self._clear_flood(state.root, gla)
-        if slot is None or (want.write and slot.readonly) or tracked:
-            return self._emulate(vcpu, state.root, gla, found, slots, slot)
-        host_writable = host_access(slot, Gpa(found.gfn << 12), write=want.write)
+            if want.write and self._is_write_tracked(found.gfn, smm=bool(vcpu.as_id)):
+                self._clear_flood(root, gla)
+        if slot is None:
+            return self._emulate(vcpu, root, gla, found, slots, slot)
+        host_writable = host_access(slot, Gpa(found.gfn << 12), write=want.write and not slot.readonly)
         with self.lock:
-            if self.is_stale(slots) or state.root.obsolete:
+            if self.is_stale(slots) or root.obsolete:
                 return RetPf.RETRY
             self._make_pages_available()
-            result, flush = self._fetch(state.root, gla, want, found, slot, guest, host_writable)
+            result, flush = self._fetch(root, gla, want, found, slot, guest, host_writable)
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=flush or bool(zapped))
-        if result is RetPf.EMULATE:
-            return self._emulate(vcpu, state.root, gla, found, slots, slot)
+        if result is RetPf.EMULATE or (want.write and slot.readonly and result is RetPf.FIXED):
+            return self._emulate(vcpu, root, gla, found, slots, slot)
         self.stat.pf_fixed += 1
         return result
 
@@ -256,7 +274,7 @@ class ShadowMmu(Mmu):
         self, vcpu: Vcpu, root: Root, gla: int, found: Walk, slots: Memslots, slot: Memslot | None
     ) -> RetPf:
         """Have the one instruction done piece by piece: no memory, or memory that we watch."""
-        if slot is None and found.access & ACC_WRITE and found.dirty:
+        if slot is None:
             with self.lock:
                 if self.is_stale(slots) or root.obsolete:
                     return RetPf.RETRY
@@ -275,7 +293,10 @@ class ShadowMmu(Mmu):
             return
         index = sptes.index(gla >> 12, page.role.level)
         self._drop_spte(page, index)
-        mmio = sptes.make_mmio_spte(found.gfn, generation) | sptes.U * bool(found.access & ACC_USER)
+        mmio = sptes.make_mmio_spte(found.gfn, generation)
+        mmio = Spte(mmio | lib.SPTE_MMIO_U * bool(found.access & ACC_USER))
+        if found.access & ACC_WRITE and found.dirty:
+            mmio = Spte(mmio | lib.SPTE_MMIO_W)
         lib.spte_xchg(page.spt + index, mmio)
         if page.gfns is not None:
             page.gfns[index], page.accesses[index] = found.gfn, found.access
@@ -360,7 +381,7 @@ class ShadowMmu(Mmu):
             self._mark_unsync(page, index)
         return child
 
-    # ---- leaves ------------------------------------------------------------------------------------------
+    # ---- leaves ----
 
     def _mapping_level(self, slot: Memslot, gfn: Gfn, *, host_writable: bool) -> int:
         if self._disallow_lpage.get((bool(slot.as_id), gfn >> 9)):
@@ -445,7 +466,7 @@ class ShadowMmu(Mmu):
             self._clear_unsync_bit(page, index)
         return True
 
-    # ---- shadow pages ----------------------------------------------------------------------------------------
+    # ---- shadow pages ----
 
     def _get_page(self, gfn: Gfn, role: Role) -> MmuPage:
         """kvm_mmu_get_page(): the page of this frame and role, made if it is not there."""
@@ -530,7 +551,7 @@ class ShadowMmu(Mmu):
         npages = sum(slot.npages for slots in self._vm.memslots for slot in slots.ordered)
         return max(KVM_MIN_ALLOC_MMU_PAGES, npages // 50)
 
-    # ---- unsync and sync ----------------------------------------------------------------------------------------
+    # ---- unsync and sync ----
 
     def _try_to_unsync(self, gfn: int, *, smm: bool, can_unsync: bool) -> bool:
         """mmu_try_to_unsync_pages(): True when the frame must stay write-protected."""
@@ -660,7 +681,7 @@ class ShadowMmu(Mmu):
                 return
             page = self.pages.child(spte)
 
-    # ---- writes to guest page tables ---------------------------------------------------------------------------
+    # ---- writes to guest page tables ----
 
     def track_write(self, gpa: Gpa, size: int, as_id: int) -> None:
         """kvm_mmu_pte_write(): a write that was emulated may have changed a shadowed table."""
@@ -702,9 +723,11 @@ class ShadowMmu(Mmu):
                 return
             page = self.pages.child(spte)
 
-    # ---- slots, dirty logging, the host -------------------------------------------------------------------------
+    # ---- slots, dirty logging, the host ----
 
-    def on_memslots_changed(self, old: Memslot | None, new: Memslot | None, change: Change) -> None:
+    def on_memslots_changed(
+        self, old: Memslot | None, new: Memslot | None, change: Change, as_id: int
+    ) -> None:
         """Make the published change true for the processors, before the ioctl returns."""
         with self.lock:
             if change in (Change.DELETE, Change.MOVE):
@@ -714,11 +737,11 @@ class ShadowMmu(Mmu):
                 if not self._vm.dirty_log_initially_set:
                     self._write_protect_slot(new)
             elif change is Change.FLAGS_ONLY and old is not None:
-                self._unmap(old.as_id, old.base_gfn, old.end_gfn)
+                self._unmap(as_id, old.base_gfn, old.end_gfn)
             if not self._vm.memslots[0].generation % (1 << sptes.MMIO_GEN_BITS):
                 self._zap_all()
             zapped = self.pages.take_zapped()
-        self.flush_remote_tlbs()
+        self.flush_remote_tlbs(reload=True)
         commit_zap(zapped)
 
     def _zap_all(self) -> None:

@@ -36,10 +36,6 @@ _GEN_LOW_MASK = (1 << _GEN_LOW_BITS) - 1
 _GEN_HIGH_MASK = (1 << _GEN_HIGH_BITS) - 1
 MMIO_GEN_MASK = _GEN_LOW_MASK << 3 | _GEN_HIGH_MASK << 52
 
-assert not PFN_MASK & MMIO_GEN_MASK
-assert not MMIO_GEN_MASK & RWX
-assert not (HOST_WRITABLE | MMU_WRITABLE) & (PFN_MASK | RWX | PS | ACCESSED | DIRTY)
-
 
 def mmio_generation(generation: int) -> int:
     """Return a memslot generation as the bits an MMIO spte carries it in."""

@@ -16,8 +16,8 @@ from pykvm.mmu.pages import MmuPage, PageTable, Role
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pykvm.kvm.memslots import Memslot
     from pykvm.mmu.base import Stat
+    from pykvm.mmu.slots import Memslot
 
 
 class Tdp:

@@ -228,9 +228,7 @@ def _walk_once(
         level -= 1
     if permission_fault(paging, access, want):
         return Fault(_error_code(paging, want, PF_P))
-    if set_bits is not None and not _set_accessed_dirty(
-        paging, gla, want, tables, entries, level, set_bits
-    ):
+    if set_bits is not None and not _set_accessed_dirty(paging, gla, want, tables, entries, level, set_bits):
         return None
     return Walk(
         level,

@@ -18,12 +18,13 @@ ALLOWED = {
     "fd": {"abi", "trace"},
     "cpu": {"abi"},
     "irq": {"abi"},
-    "mmu": {"abi", "cpu", "trace", "kvm.memslots"},
+    "mmu": {"abi", "cpu", "trace"},
     "kvm": {"abi", "fd", "cpu", "mmu", "irq", "trace"},
     "doc": {"abi", "kvm"},
-    "client": {"abi", "fd"},
+    "device": {"abi", "fd", "kvm"},
+    "client": {"abi", "device"},
     "run": {"abi", "client"},
-    "preload": {"abi", "fd", "trace", "kvm"},
+    "preload": {"abi", "fd", "trace", "kvm", "device"},
 }
 
 

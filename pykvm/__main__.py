@@ -1,0 +1,158 @@
+"""The command line: every verb is a function here that calls one function elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import pykvm
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(pykvm.__version__, prog_name="pykvm")
+def main() -> None:
+    """KVM without hardware: Linux's x86 KVM ioctl API in user space."""
+
+
+# ---- run ---------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("image", required=False, type=click.Path(path_type=Path))
+@click.option("--rom", is_flag=True, help="the flat image is a ROM that ends at the reset vector")
+@click.option("--memory", "mib", default=64, show_default=True, type=click.IntRange(2, 3072), help="in MiB")
+@click.option("--timeout", type=click.FloatRange(min=0), help="stop after so many seconds")
+@click.option("--device", help="use this real device, /dev/kvm, instead of the fake one")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
+def run(
+    image: Path | None, rom: bool, mib: int, timeout: float | None, device: str | None, as_json: bool
+) -> None:
+    """Boot IMAGE (ELF, boot sector or --rom) on one vCPU; without IMAGE the guest of the package.
+
+    \b
+    pykvm run
+    pykvm run kernel.elf --memory 256
+    """
+    from pykvm import run as machine
+
+    write = (lambda _: None) if as_json else _write_console
+    try:
+        loaded = machine.load_image(image, rom=rom) if image else machine.default_image()
+        with pykvm.Kvm(device) as kvm:
+            result = machine.Machine(kvm, loaded, mib << 20, write).run(timeout)
+    except machine.ImageError as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"{device or 'pykvm'}: {error.strerror}") from None
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(result), "mips": result.mips}))
+    else:
+        _print_result(result)
+    sys.exit(result.status)
+
+
+def _write_console(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_result(result: object) -> None:
+    from pykvm.run import Result
+
+    assert isinstance(result, Result)
+    if result.console and not result.console.endswith("\n"):
+        click.echo()
+    table = Table(title=f"{result.end} after {result.seconds:.3f} s")
+    table.add_column("exit")
+    table.add_column("count", justify="right")
+    for name, count in sorted(result.exits.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{count:,}")
+    console = Console()
+    console.print(table)
+    if result.instructions is not None and result.mips is not None:
+        console.print(f"{result.instructions:,} instructions, {result.mips:.1f} MIPS")
+
+
+# ---- exec, doctor --------------------------------------------------------------------------------------
+
+
+@main.command(
+    "exec", context_settings={**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.option(
+    "--extension", "extensions", multiple=True, help="offer an extension of pykvm's, such as x86-osi"
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(extensions: tuple[str, ...], command: tuple[str, ...]) -> None:
+    """Run a program with /dev/kvm replaced by pykvm, in its own process.
+
+    \b
+    pykvm exec -- ./vmm --memory 128
+    """
+    from pykvm.preload import launcher
+
+    sys.exit(launcher.run(list(command), extensions=frozenset(extensions)))
+
+
+@main.command()
+@click.argument("program")
+def doctor(program: str) -> None:
+    """Say whether `pykvm exec` can run PROGRAM, and if not, why.
+
+    \b
+    pykvm doctor /usr/bin/qemu-system-x86_64
+    """
+    from pykvm.preload import launcher
+
+    problems = launcher.problems(program)
+    for problem in problems:
+        click.echo(f"{program}: {problem}")
+    if not problems:
+        click.echo(f"{program}: can be run by pykvm exec")
+    sys.exit(1 if problems else 0)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="as the table in the documentation")
+def ioctls(markdown: bool) -> None:
+    """List every ioctl of the x86 KVM API: offered, or absent and why."""
+    from pykvm import doc
+
+    click.echo(doc.ioctls_markdown() if markdown else doc.ioctls_text(), nl=False)
+
+
+@main.command()
+@click.option("--device", help="ask this real device, /dev/kvm, instead of the fake one")
+def caps(device: str | None) -> None:
+    """List the capabilities that are there, with their values."""
+    from pykvm.abi import capabilities
+
+    with pykvm.Kvm(device) as kvm:
+        for name, number in sorted(capabilities().items(), key=lambda item: item[1]):
+            value = kvm.check_extension(number)
+            if value:
+                click.echo(f"{number:4}  {name:44} {value:#x}")
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="as the table in the documentation")
+def insns(markdown: bool) -> None:
+    """List the instructions that the processor executes, from its decode table."""
+    from pykvm import doc
+
+    click.echo(doc.insns_markdown() if markdown else doc.insns_text(), nl=False)
+
+
+if __name__ == "__main__":
+    main()

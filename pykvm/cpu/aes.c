@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Vector instructions for cryptography: AES, PCLMULQDQ, SHA.
+ */
+#include "vector.h"
+
+/* clang-format off */
+
+V_BINARY_128(aesenc) V_BINARY_128(aesenclast) V_BINARY_128(aesdec) V_BINARY_128(aesdeclast)
+V_UNARY_128(aesimc)
+V_UNARY_IMM_STUBS(aeskeygenassist)
+V_LEGACY_UNARY_IMM(aeskeygenassist, "movups", 16, 16)
+V_VEX128_UNARY_IMM(aeskeygenassist, "movups", 16)
+V_128(aeskeygenassist)
+V_BINARY_IMM_128(pclmulqdq)
+
+#define SHA(name) V_LEGACY_BINARY(name, #name, 16, 16) V_LEGACY(name)
+SHA(sha1nexte) SHA(sha1msg1) SHA(sha1msg2) SHA(sha256msg1) SHA(sha256msg2)
+
+DEFINE_STUBS(sha1rnds4_l, 256, "sha1rnds4 $.Limm, %xmm1, %xmm0")
+V_LEGACY_BINARY_IMM(sha1rnds4, "movups", 16, 16)
+V_LEGACY(sha1rnds4)
+
+/* The constants are in xmm0. */
+V_PAIR(sha256rnds2_l, 16, 16,
+       __asm__ volatile("movaps %[k], %%xmm0\n\tmovaps %[d], %%xmm1\n\t"
+                        "sha256rnds2 %[b], %%xmm1\n\tmovaps %%xmm1, %[d]"
+                        : : V_OPERANDS_DB(p), [k] "m"(VEC(VREG(cpu, 0))) : V_CLOBBERS))
+V_LEGACY(sha256rnds2)

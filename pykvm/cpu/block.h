@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: MIT */
+/* The cache of decoded blocks: what the main loop inlines of it. */
+#ifndef PYKVM_BLOCK_H
+#define PYKVM_BLOCK_H
+
+#include "core.h"
+
+#define BLOCK_HASH_BITS 14
+#define PAGE_HASH_BITS 11
+
+struct block_cache {
+    struct block *hash[1u << BLOCK_HASH_BITS];
+    struct codepage *page[1u << PAGE_HASH_BITS];
+    struct chunk *chunks; /* arena, newest first */
+    size_t used;          /* bytes of the newest */
+    size_t total;         /* bytes of all */
+    u64 generation;       /* counts flushes: block pointers from before are gone */
+};
+
+static inline unsigned block_hash(uintptr_t hva)
+{
+    return (unsigned)(hva ^ hva >> BLOCK_HASH_BITS) & ((1u << BLOCK_HASH_BITS) - 1);
+}
+
+/* Linear address of the instruction at rip. */
+static inline u64 code_linear(const struct cpu *cpu, u64 rip)
+{
+    return is_code64(cpu) ? rip : (u32)(rip + SEG(cpu, CPU_SEG_CS).base);
+}
+
+/* The block of rip when everything about it is known to be as it was; else NULL, which says
+ * nothing: block_find() knows. */
+static inline struct block *block_peek(struct cpu *cpu)
+{
+    u64 rip = GUEST(cpu).rip, la = code_linear(cpu, rip);
+    const struct tlbe *e = &cpu->tlb->x[TLB_INDEX(la)];
+    uintptr_t hva = (uintptr_t)(la + e->addend);
+    struct block *b = cpu->bc->hash[block_hash(hva)];
+
+    if (unlikely(e->tag != (la & PAGE_MASK) || !b || b->hva != hva || b->mode != cpu->mode ||
+                 b->epoch != cpu->epoch || b->hva2))
+        return NULL;
+    if (!is_code64(cpu) && unlikely(rip + b->len - 1 > SEG(cpu, CPU_SEG_CS).limit))
+        return NULL;
+    return b;
+}
+
+/* Whether `from` may go to `to` without a lookup: in the page, and never by a truncated IP. */
+bool block_can_link(const struct block *from, const struct block *to);
+
+#endif

@@ -1,0 +1,381 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the processor needs of the host: guest memory that may vanish under it, signals, the
+ * memory of second-level tables, the time stamp counter.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#ifndef __x86_64__
+#error "guest memory is used in place: the host must have the guest's byte and memory order"
+#endif
+
+/* ---- accesses that may fault --------------------------------------------------------------
+ *
+ * Each instruction that touches guest memory has an entry in the section host_ex: where it
+ * is and where to go on after a fault, with `failed` still 1 from before.
+ */
+struct host_ex {
+    s32 at, fixup; /* relative to themselves */
+};
+extern const struct host_ex __start_host_ex[] __attribute__((visibility("hidden")));
+extern const struct host_ex __stop_host_ex[] __attribute__((visibility("hidden")));
+
+#define MAY_FAULT(insn)                                                                            \
+    "movl $1, %k[failed]\n"                                                                        \
+    "1: " insn "\n"                                                                                \
+    "movl $0, %k[failed]\n"                                                                        \
+    "2:\n"                                                                                         \
+    ".pushsection host_ex, \"a\"\n"                                                                \
+    ".balign 4\n"                                                                                  \
+    ".long 1b - ., 2b - .\n"                                                                       \
+    ".popsection"
+
+/* Initial-exec: the signal handler must not allocate the variable. */
+#define THREAD static _Thread_local __attribute__((tls_model("initial-exec")))
+THREAD struct cpu *guarded; /* in guest mode on this thread */
+THREAD uintptr_t fault_hva;
+
+static bool host_fault(struct cpu *cpu)
+{
+    raise_exit(cpu, EXIT_HOST_FAULT);
+    EXIT(cpu).hva = fault_hva;
+    return false;
+}
+
+#define DEFINE_ACCESS(bits, suffix, constraint)                                                    \
+    static inline bool try_load##bits(void *dst, uintptr_t hva)                                    \
+    {                                                                                              \
+        u##bits v;                                                                                 \
+        u32 failed;                                                                                \
+        __asm__ volatile(MAY_FAULT("mov" suffix " (%[hva]), %[v]")                                 \
+                         : [v] "=&" constraint(v), [failed] "=&r"(failed)                          \
+                         : [hva] "r"(hva)                                                          \
+                         : "memory");                                                              \
+        memcpy(dst, &v, sizeof(v));                                                                \
+        return !failed;                                                                            \
+    }                                                                                              \
+    static inline bool try_store##bits(uintptr_t hva, const void *src)                             \
+    {                                                                                              \
+        u##bits v;                                                                                 \
+        u32 failed;                                                                                \
+        memcpy(&v, src, sizeof(v));                                                                \
+        __asm__ volatile(MAY_FAULT("mov" suffix " %[v], (%[hva])")                                 \
+                         : [failed] "=&r"(failed)                                                  \
+                         : [v] constraint(v), [hva] "r"(hva)                                       \
+                         : "memory");                                                              \
+        return !failed;                                                                            \
+    }
+DEFINE_ACCESS(8, "b", "q")
+DEFINE_ACCESS(16, "w", "r")
+DEFINE_ACCESS(32, "l", "r")
+DEFINE_ACCESS(64, "q", "r")
+
+static bool try_copy(void *dst, const void *src, size_t n)
+{
+    u32 failed;
+    __asm__ volatile(MAY_FAULT("rep movsb")
+                     : [failed] "=&r"(failed), "+D"(dst), "+S"(src), "+c"(n)
+                     :
+                     : "memory");
+    return !failed;
+}
+
+bool host_load(struct cpu *cpu, void *dst, uintptr_t hva, unsigned size)
+{
+    bool ok;
+    switch (size) {
+    case 1: ok = try_load8(dst, hva); break;
+    case 2: ok = try_load16(dst, hva); break;
+    case 4: ok = try_load32(dst, hva); break;
+    case 8: ok = try_load64(dst, hva); break;
+    case 16: ok = try_load64(dst, hva) && try_load64((u8 *)dst + 8, hva + 8); break;
+    default: ok = try_copy(dst, (const void *)hva, size);
+    }
+    return likely(ok) || host_fault(cpu);
+}
+
+bool host_store(struct cpu *cpu, uintptr_t hva, const void *src, unsigned size)
+{
+    bool ok;
+    switch (size) {
+    case 1: ok = try_store8(hva, src); break;
+    case 2: ok = try_store16(hva, src); break;
+    case 4: ok = try_store32(hva, src); break;
+    case 8: ok = try_store64(hva, src); break;
+    case 16: ok = try_store64(hva, src) && try_store64(hva + 8, (const u8 *)src + 8); break;
+    default: ok = try_copy((void *)hva, src, size);
+    }
+    return likely(ok) || host_fault(cpu);
+}
+
+bool host_cmpxchg(struct cpu *cpu, uintptr_t hva, u64 *old, u64 val, unsigned size)
+{
+    u64 expected = *old;
+    u32 failed;
+    if (size == 4)
+        __asm__ volatile(MAY_FAULT("lock cmpxchgl %k[val], (%[hva])")
+                         : [failed] "=&r"(failed), "+a"(expected)
+                         : [val] "r"(val), [hva] "r"(hva)
+                         : "memory", "cc");
+    else
+        __asm__ volatile(MAY_FAULT("lock cmpxchgq %[val], (%[hva])")
+                         : [failed] "=&r"(failed), "+a"(expected)
+                         : [val] "r"(val), [hva] "r"(hva)
+                         : "memory", "cc");
+    *old = size == 4 ? (u32)expected : expected;
+    return likely(!failed) || host_fault(cpu);
+}
+
+/* ---- SIGSEGV and SIGBUS ----------------------------------------------------------------------
+ *
+ * One handler for the process.  A client that installs its own after the last cpu_create()
+ * takes the faults from us and has to chain; one that was there before gets what is not ours.
+ * The module must leave both signals unblocked: the kernel kills at a blocked synchronous one.
+ */
+static const int guard_signals[] = {SIGSEGV, SIGBUS};
+static struct sigaction previous[2];
+static pthread_mutex_t guard_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static bool is_memory_fault(int sig, const siginfo_t *info)
+{
+    bool code = sig == SIGSEGV ? info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR
+                               : info->si_code == BUS_ADRERR || info->si_code == BUS_OBJERR ||
+                                     info->si_code == BUS_MCEERR_AR;
+    /* The zero page is nobody's guest memory: that is a bug of ours and must look like one. */
+    return code && (uintptr_t)info->si_addr >= 0x10000;
+}
+
+static bool fix_up(ucontext_t *uc)
+{
+    greg_t *rip = &uc->uc_mcontext.gregs[REG_RIP];
+    for (const struct host_ex *e = __start_host_ex; e < __stop_host_ex; e++) {
+        if ((greg_t)(uintptr_t)&e->at + e->at == *rip) {
+            *rip = (greg_t)(uintptr_t)&e->fixup + e->fixup;
+            return true;
+        }
+    }
+    return false;
+}
+
+static const struct insn *insn_at(const struct block *b, u64 p)
+{
+    u64 off = p - (u64)(uintptr_t)b->insn;
+    bool inside = off < b->n * sizeof(struct insn) && off % sizeof(struct insn) == 0;
+    return inside ? (const struct insn *)(uintptr_t)p : NULL;
+}
+
+/*
+ * The instruction whose handler faulted: the handler still needs its second argument, so it is
+ * in a register or, when the access was in a function it called, on the stack.  An instruction
+ * that ends the block may need it no more.
+ */
+static const struct insn *find_insn(const struct block *b, const ucontext_t *uc)
+{
+    static const int likely_regs[] = {REG_RSI, REG_RBX, REG_RBP, REG_R12, REG_R13, REG_R14,
+                                      REG_R15, REG_RAX, REG_RCX, REG_RDX, REG_RDI, REG_R8,
+                                      REG_R9,  REG_R10, REG_R11};
+    const struct insn *i;
+
+    for (size_t k = 0; k < sizeof(likely_regs) / sizeof(*likely_regs); k++) {
+        i = insn_at(b, (u64)uc->uc_mcontext.gregs[likely_regs[k]]);
+        if (i)
+            return i;
+    }
+    const u64 *sp = (const u64 *)(uintptr_t)(uc->uc_mcontext.gregs[REG_RSP] & ~7ll);
+    for (int k = 0; k < 64; k++) {
+        i = insn_at(b, sp[k]);
+        if (i)
+            return i;
+    }
+    return b->n ? &b->insn[b->n - 1] : NULL;
+}
+
+static void chain(int index, int sig, siginfo_t *info, void *uc)
+{
+    const struct sigaction *old = &previous[index];
+    if (old->sa_flags & SA_SIGINFO) {
+        old->sa_sigaction(sig, info, uc);
+    } else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN) {
+        /* The instruction is executed again and the kernel does what it does without us. */
+        sigaction(sig, old, NULL);
+        if (info->si_code <= 0)
+            raise(sig);
+    } else {
+        old->sa_handler(sig);
+    }
+}
+
+static void on_memory_fault(int sig, siginfo_t *info, void *context)
+{
+    struct cpu *cpu = guarded;
+
+    if (is_memory_fault(sig, info)) {
+        fault_hva = (uintptr_t)info->si_addr;
+        if (fix_up(context))
+            return;
+        if (cpu) {
+            cpu->insn = cpu->block ? find_insn(cpu->block, context) : NULL;
+            cpu->fault_mxcsr = ((ucontext_t *)context)->uc_mcontext.fpregs->mxcsr;
+            siglongjmp(cpu->guard, 1);
+        }
+    }
+    chain(sig == SIGBUS, sig, info, context);
+}
+
+bool host_guard_install(void)
+{
+    /* NODEFER: the handler is left by siglongjmp without restoring a mask. */
+    struct sigaction ours = {.sa_sigaction = on_memory_fault,
+                             .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    bool ok = true;
+
+    sigemptyset(&ours.sa_mask);
+    pthread_mutex_lock(&guard_lock);
+    for (int k = 0; k < 2; k++) {
+        struct sigaction now;
+        ok = ok && !sigaction(guard_signals[k], NULL, &now);
+        if (!ok || (now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_memory_fault))
+            continue;
+        previous[k] = now;
+        ok = !sigaction(guard_signals[k], &ours, NULL);
+    }
+    pthread_mutex_unlock(&guard_lock);
+    return ok;
+}
+
+void host_guard_arm(struct cpu *cpu) { guarded = cpu; }
+
+void host_guard_leave(struct cpu *cpu)
+{
+    (void)cpu;
+    guarded = NULL;
+}
+
+int host_guard_fault(struct cpu *cpu)
+{
+    if (cpu->insn && !cpu->delivering) /* an event's rip is already there */
+        set_rip(cpu, insn_rip(cpu, cpu->insn));
+    raise_exit(cpu, EXIT_HOST_FAULT);
+    EXIT(cpu).hva = fault_hva;
+    if (cpu->delivering)
+        EXIT(cpu).idt_vectoring = cpu->vectoring;
+    cpu->delivering = false;
+    return EXIT_HOST_FAULT;
+}
+
+/* ---- is the memory there? ------------------------------------------------------------------- */
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
+
+/* For kernels without MADV_POPULATE_* and for device memory, which it refuses. */
+static int probe_maps(u64 start, u64 end, int write)
+{
+    FILE *f = fopen("/proc/self/maps", "re");
+    unsigned long from, to;
+    char r, w;
+    int line;
+
+    if (!f)
+        return 0;
+    while (start < end && (line = fscanf(f, "%lx-%lx %c%c%*[^\n]", &from, &to, &r, &w)) == 4) {
+        if (to <= start)
+            continue;
+        if (from > start || r != 'r' || (write && w != 'w'))
+            break;
+        start = to;
+    }
+    fclose(f);
+    return start >= end;
+}
+
+int host_probe(u64 hva, u64 len, int write)
+{
+    u64 start = hva & PAGE_MASK, end = (hva + len + PAGE_SIZE - 1) & PAGE_MASK;
+    int advice = write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+
+    if (!len)
+        return 1;
+    if (hva + len < hva || end <= start)
+        return 0;
+    /* Takes the faults an access would take, as get_user_pages() does, and changes nothing. */
+    while (madvise((void *)(uintptr_t)start, end - start, advice)) {
+        if (errno == EINVAL)
+            return probe_maps(start, end, write);
+        if (errno != EAGAIN && errno != EINTR)
+            return 0;
+    }
+    return 1;
+}
+
+u64 host_tsc(void) { return __builtin_ia32_rdtsc(); }
+
+/* ---- signals ----------------------------------------------------------------------------------- */
+
+void cpu_set_signal_mask(struct cpu *cpu, int check, u64 mask)
+{
+    cpu->check_signals = check;
+    cpu->signal_mask = mask;
+}
+
+/* A blocked signal stays pending even when it is ignored; with KVM, where it is not blocked,
+ * it would never become pending. */
+static bool is_ignored(int sig)
+{
+    struct sigaction sa;
+    if (sigaction(sig, NULL, &sa))
+        return false;
+    if (sa.sa_flags & SA_SIGINFO || sa.sa_handler != SIG_DFL)
+        return !(sa.sa_flags & SA_SIGINFO) && sa.sa_handler == SIG_IGN;
+    return sig == SIGCHLD || sig == SIGURG || sig == SIGWINCH || sig == SIGCONT;
+}
+
+bool host_signal_pending(struct cpu *cpu)
+{
+    u64 pending = 0;
+
+    if (!cpu->check_signals || syscall(SYS_rt_sigpending, &pending, sizeof(pending)))
+        return false;
+    pending &= ~cpu->signal_mask;
+    while (pending) {
+        if (!is_ignored(__builtin_ctzll(pending) + 1))
+            return true;
+        pending &= pending - 1;
+    }
+    return false;
+}
+
+/* ---- second-level tables -------------------------------------------------------------------------- */
+
+u64 spte_read(const u64 *sptep) { return __atomic_load_n(sptep, __ATOMIC_ACQUIRE); }
+
+void spte_write(u64 *sptep, u64 spte) { __atomic_store_n(sptep, spte, __ATOMIC_RELEASE); }
+
+u64 spte_xchg(u64 *sptep, u64 spte) { return __atomic_exchange_n(sptep, spte, __ATOMIC_SEQ_CST); }
+
+int spte_cmpxchg(u64 *sptep, u64 old_spte, u64 new_spte)
+{
+    return __atomic_compare_exchange_n(sptep, &old_spte, new_spte, false, __ATOMIC_SEQ_CST,
+                                       __ATOMIC_SEQ_CST);
+}
+
+u64 *spt_alloc(void)
+{
+    u64 *spt = aligned_alloc(PAGE_SIZE, PAGE_SIZE);
+    return spt ? memset(spt, 0, PAGE_SIZE) : NULL;
+}
+
+void spt_free(u64 *spt) { free(spt); }

@@ -1,0 +1,267 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What vector instructions have in common: whether they may be executed at all, memory operands
+ * that are not simple, MXCSR and its exceptions, and what the host can do.
+ */
+#include "vector.h"
+
+#include <cpuid.h>
+
+/* ---- memory operands --------------------------------------------------------------------------- */
+
+static bool v_linear(struct cpu *cpu, const struct insn *i, unsigned size, unsigned align,
+                     unsigned access, u64 *la)
+{
+    if (!ea_linear(cpu, i, size, access, la))
+        return false;
+    return !(*la & (align - 1)) || raise_gp(cpu, 0);
+}
+
+bool v_read(struct cpu *cpu, const struct insn *i, void *p, unsigned size, unsigned align)
+{
+    u64 la;
+    return v_linear(cpu, i, size, align, ACC_READ, &la) && mem_read(cpu, la, p, size, ea_access(i));
+}
+
+bool v_write(struct cpu *cpu, const struct insn *i, const void *p, unsigned size, unsigned align)
+{
+    u64 la;
+    return v_linear(cpu, i, size, align, ACC_WRITE, &la) && mem_write(cpu, la, p, size, ea_access(i));
+}
+
+int v_end(struct cpu *cpu, const struct insn *i)
+{
+    (void)cpu;
+    (void)i;
+    return LINK0;
+}
+
+int v_load_slow(struct cpu *cpu, const struct insn *i, insn_fn fn, unsigned size, unsigned align)
+{
+    struct insn alone[2] = {*i, {.fn = v_end}};
+
+    if (!v_read(cpu, i, cpu->vscratch, size, align))
+        return stop(cpu, i);
+    alone->vb = V_SCRATCH;
+    fn(cpu, alone); /* without memory operand: nothing can stop it */
+    NEXT(cpu, i);
+}
+
+int v_store_slow(struct cpu *cpu, const struct insn *i, const void *p, unsigned size, unsigned align)
+{
+    if (!v_write(cpu, i, p, size, align))
+        return stop(cpu, i);
+    NEXT(cpu, i);
+}
+
+/* ---- MXCSR --------------------------------------------------------------------------------------- */
+
+/* The host never traps.  FTZ does nothing while underflow is unmasked (SDM vol. 1 10.2.3.3). */
+static u32 mxcsr_for_host(u32 guest)
+{
+    bool ftz = guest & MXCSR_FTZ && guest & MXCSR_UE << MXCSR_MASKS_SHIFT;
+    return (guest & ~MXCSR_FTZ) | MXCSR_MASKS | (ftz ? MXCSR_FTZ : 0);
+}
+
+void mxcsr_enter(struct cpu *cpu)
+{
+    cpu->host_mxcsr = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(GUEST(cpu).fpu.mxcsr & MXCSR_MASK));
+}
+
+void mxcsr_leave(struct cpu *cpu)
+{
+    mxcsr_sync(cpu);
+    __builtin_ia32_ldmxcsr(cpu->host_mxcsr);
+}
+
+void mxcsr_sync(struct cpu *cpu) { GUEST(cpu).fpu.mxcsr |= __builtin_ia32_stmxcsr() & MXCSR_FLAGS; }
+
+bool mxcsr_load(struct cpu *cpu)
+{
+    u32 mode = (cpu->mode & ~(MODE_SSE | MODE_AVX | MODE_XM)) | vector_mode(cpu);
+    bool changed = mode != cpu->mode;
+
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(GUEST(cpu).fpu.mxcsr));
+    cpu->mode = mode;
+    return changed;
+}
+
+/* ---- unmasked exceptions ---------------------------------------------------------------------------
+ *
+ * In MODE_XM every instruction that looks at MXCSR comes here: it is executed with all exceptions
+ * masked and with a destination that can be taken back, then its flags tell what it should have
+ * done (SDM vol. 1 11.5.2, 11.5.4).
+ */
+static insn_fn handler_of(const struct insn *i, unsigned kind)
+{
+    unsigned enc = i->flags & I_VEXL ? ENC_VEX256 : i->flags & I_VEX ? ENC_VEX128 : ENC_LEGACY;
+    return i->op->body->fn[kind][enc];
+}
+
+static bool has_denormal(const void *p, unsigned n, unsigned size)
+{
+    for (unsigned k = 0; k < n; k++) {
+        u64 v = size == 2 ? ((const u16_mem *)p)[k] : size == 4 ? ((const u32_mem *)p)[k] : ((const u64_mem *)p)[k];
+        u64 exponent = size == 2 ? 0x7c00 : size == 4 ? 0x7f800000 : 0x7ff0000000000000;
+        u64 sign = 1ull << (size * 8 - 1);
+        if (v & ~sign && !(v & exponent))
+            return true;
+    }
+    return false;
+}
+
+/* Is a result denormal? Only then underflow is an exception when unmasked although it is exact. */
+static bool is_tiny(const struct insn *i, const void *result)
+{
+    const char *name = i->op->name, *type = name + strlen(name) - 2;
+    unsigned bytes = i->flags & I_VEXL ? 32 : 16;
+    unsigned size = type[1] == 'h' ? 2 : type[1] == 's' ? 4 : 8;
+    static const char *const never[] = {"min", "max", "cmp", "round", "sqrt", "ucomi", "comi"};
+
+    if (type[0] != 's' && type[0] != 'p')
+        return false; /* to integers */
+    for (unsigned k = 0; k < sizeof(never) / sizeof(*never); k++)
+        if (!strncmp(name, never[k], strlen(never[k])))
+            return false;
+    return has_denormal(result, type[0] == 's' ? 1 : bytes / size, size);
+}
+
+/* Flags that the instruction sets with the guest's masks; *fault: and does not complete. */
+static u32 exceptions(u32 guest, u32 flags, bool tiny, bool *fault)
+{
+    u32 unmasked = ~guest >> MXCSR_MASKS_SHIFT & MXCSR_FLAGS;
+    u32 before = MXCSR_IE | MXCSR_DE | MXCSR_ZE;
+
+    *fault = true;
+    if (flags & before & unmasked)
+        return flags & before;
+    if (tiny && unmasked & MXCSR_UE)
+        flags |= MXCSR_UE;
+    *fault = flags & unmasked;
+    return flags;
+}
+
+static int x_vector_checked(struct cpu *cpu, const struct insn *i)
+{
+    struct insn alone[2] = {*i, {.fn = v_end}};
+    bool store = i->op->form == F_W_V_I8 && i->flags & I_MEM;
+    insn_fn fn = handler_of(i, store ? K_RR : i->flags & I_MEM ? K_RM : K_RR);
+    struct vec before = VEC(VREG(cpu, i->vd));
+    u64 gpr = REG64(cpu, i->src), res = cpu->cc_res, aux = cpu->cc_aux;
+    struct cpu_fpu *fpu = &GUEST(cpu).fpu;
+    bool fault;
+
+    mxcsr_sync(cpu);
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr) & ~MXCSR_FLAGS);
+    if (store)
+        alone->vd = V_SCRATCH;
+    if (fn(cpu, alone) == STOP) {
+        __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr));
+        return stop(cpu, i);
+    }
+    u32 flags = exceptions(fpu->mxcsr, __builtin_ia32_stmxcsr() & MXCSR_FLAGS,
+                           is_tiny(i, VREG(cpu, alone->vd)), &fault);
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr));
+    if (!fault && store)
+        return handler_of(i, K_MR)(cpu, i);
+    fpu->mxcsr |= flags;
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr));
+    if (!fault)
+        NEXT(cpu, i);
+    if (!store)
+        VEC(VREG(cpu, i->vd)) = before;
+    REG64(cpu, i->src) = gpr;
+    cpu->cc_res = res;
+    cpu->cc_aux = aux;
+    raise_exception(cpu, GUEST(cpu).cr4 & X86_CR4_OSXMMEXCPT ? XM_VECTOR : UD_VECTOR, false, 0);
+    return stop(cpu, i);
+}
+
+/* ---- the choice of a handler ------------------------------------------------------------------------- */
+
+/* CR0, CR4 or XCR0 is against it; SDM vol. 2 2.4 and 2.6. */
+static int x_vector_unusable(struct cpu *cpu, const struct insn *i)
+{
+    const struct cpu_guest *g = &GUEST(cpu);
+    bool ud = i->flags & I_VEX ? !(g->cr4 & X86_CR4_OSXSAVE) || (g->xcr0 & XFEATURES_AVX) != XFEATURES_AVX
+                               : (g->cr0 & X86_CR0_EM) || !(g->cr4 & X86_CR4_OSFXSR);
+    return ud ? fault_ud(cpu, i) : fault_nm(cpu, i);
+}
+
+static bool is_offered(const struct cpu *cpu, u16 feature)
+{
+    unsigned word = feature >> 5 & 0x1f, bit = feature & 0x1f;
+
+    return !feature || !cpu || (has_feature(cpu, word, bit) && cpu_host_features((int)word) >> bit & 1);
+}
+
+insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct insn *i, u32 flags,
+                       unsigned kind, u32 mode)
+{
+    unsigned enc = i->flags & I_VEXL ? ENC_VEX256 : i->flags & I_VEX ? ENC_VEX128 : ENC_LEGACY;
+    insn_fn fn = op->body ? op->body->fn[kind][enc] : NULL;
+
+    if (!fn || !is_offered(cpu, op->feature))
+        return NULL;
+    if (enc != ENC_LEGACY && !is_offered(cpu, FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_AVX)))
+        return NULL;
+    if (enc == ENC_VEX256 && flags & O_AVX2 &&
+        !is_offered(cpu, FEAT(CPU_CPUID_7_EBX, CPUID_7_EBX_AVX2)))
+        return NULL;
+    if (!(mode & (enc == ENC_LEGACY ? MODE_SSE : MODE_AVX)))
+        return x_vector_unusable;
+    return flags & O_FLOAT && mode & MODE_XM ? x_vector_checked : fn;
+}
+
+/* ---- the host ------------------------------------------------------------------------------------------ */
+
+#define BIT(n) (1u << (n))
+#define AVX_1_ECX (BIT(CPUID_1_ECX_FMA) | BIT(CPUID_1_ECX_AVX) | BIT(CPUID_1_ECX_F16C))
+#define SSE_1_ECX                                                                                  \
+    (BIT(CPUID_1_ECX_SSE3) | BIT(CPUID_1_ECX_PCLMULQDQ) | BIT(CPUID_1_ECX_SSSE3) |                 \
+     BIT(CPUID_1_ECX_SSE4_1) | BIT(CPUID_1_ECX_SSE4_2) | BIT(CPUID_1_ECX_AES))
+#define AVX_7_EBX BIT(CPUID_7_EBX_AVX2)
+#define SSE_7_EBX BIT(CPUID_7_EBX_SHA_NI)
+
+static bool host_has_ymm(u32 ecx1)
+{
+    u32 eax, edx;
+
+    if (!(ecx1 & BIT(CPUID_1_ECX_OSXSAVE)))
+        return false;
+    __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    return (eax & XFEATURES_AVX) == XFEATURES_AVX;
+}
+
+/* Bits of what we execute by the host's instruction are the host's, all others are set. */
+static u32 host_word(int word)
+{
+    u32 eax, ebx, ecx, edx, ecx1;
+    bool ymm;
+
+    __cpuid(1, eax, ebx, ecx1, edx);
+    ymm = host_has_ymm(ecx1);
+    if (word == CPU_CPUID_1_ECX)
+        return (ymm ? ecx1 : ecx1 & ~AVX_1_ECX) | ~(AVX_1_ECX | SSE_1_ECX);
+    if (word != CPU_CPUID_7_EBX)
+        return ~0u;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
+        ebx = 0;
+    return (ymm ? ebx : ebx & ~AVX_7_EBX) | ~(AVX_7_EBX | SSE_7_EBX);
+}
+
+uint32_t cpu_host_features(int word)
+{
+    static u32 words[CPU_NR_CPUID]; /* 0: not asked yet; the answer is never 0 */
+    u32 v;
+
+    if (word < 0 || word >= CPU_NR_CPUID)
+        return ~0u;
+    v = __atomic_load_n(&words[word], __ATOMIC_RELAXED);
+    if (!v) {
+        v = host_word(word);
+        __atomic_store_n(&words[word], v, __ATOMIC_RELAXED);
+    }
+    return v;
+}

@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Vector instructions: SSE to SSE4.2, AES, PCLMULQDQ, SHA, AVX, AVX2, FMA, F16C.
+ *
+ * They are executed by the very same host instruction: operands from guest.fpu.ymm, or from
+ * memory, into host registers, result back.  What a host without the feature cannot execute is
+ * not offered (cpu_host_features()).
+ *
+ * The handlers of an operation are b_<name>.fn[kind][encoding]: kind K_RR for registers only,
+ * K_RM for a memory source, K_MR for a memory destination; encoding ENC_*.  A NULL is an
+ * encoding that does not exist.
+ *
+ * Host instructions are spelled in assembler and not with intrinsics: the compiler exchanges the
+ * operands of an addition, but which NaN comes out depends on their order; and it knows nothing
+ * of MXCSR.  Registers are always written whole (16 or 32 bytes): a narrow store followed by a
+ * wide load of the next instruction would stall.
+ */
+#ifndef PYKVM_VECTOR_H
+#define PYKVM_VECTOR_H
+
+#include "body.h"
+
+enum encoding { ENC_LEGACY, ENC_VEX128, ENC_VEX256 };
+
+/* ---- operands ------------------------------------------------------------------------------ */
+
+struct vec {
+    u8 b[32];
+} __attribute__((may_alias));
+
+typedef u64 __attribute__((may_alias, aligned(16))) u64_vec;
+
+/* A register by what decode put into insn.vd, va, vb. */
+#define VREG(cpu, off) ((void *)((u8 *)(cpu)->vmcs.guest.fpu.ymm + (off)))
+#define VEC(p) (*(struct vec *)(p))
+#define VREG_SIZE 32
+#define V_SCRATCH (u16)(offsetof(struct cpu, vscratch) - offsetof(struct cpu, vmcs.guest.fpu.ymm))
+_Static_assert(offsetof(struct cpu, vmcs.guest.fpu.ymm) % 32 == 0, "movaps, and no split lines");
+_Static_assert(offsetof(struct cpu, vscratch) - offsetof(struct cpu, vmcs.guest.fpu.ymm) < 0x10000,
+               "reached by insn.vb");
+
+/* The memory operand in host memory; false: it takes the slow way to get there. */
+static ALWAYS_INLINE bool v_operand(struct cpu *cpu, const struct insn *i, const struct tlbe *tlb,
+                                    unsigned size, unsigned align, void **p)
+{
+    u64 la;
+    if (unlikely(!operand_linear(cpu, i, size, 0, true, &la)))
+        return false;
+    if (align > 1 && unlikely(la & (align - 1)))
+        return false;
+    const struct tlbe *e = &tlb[TLB_INDEX(la)];
+    *p = (void *)(uintptr_t)(la + e->addend);
+    return tlb_hit(e, la, size);
+}
+static ALWAYS_INLINE bool v_source(struct cpu *cpu, const struct insn *i, unsigned size,
+                                   unsigned align, const void **p)
+{
+    return v_operand(cpu, i, cpu->tlb->r, size, align, (void **)p);
+}
+static ALWAYS_INLINE bool v_target(struct cpu *cpu, const struct insn *i, unsigned size,
+                                   unsigned align, void **p)
+{
+    return v_operand(cpu, i, cpu->tlb->w, size, align, p);
+}
+
+/* Any memory operand. align: #GP(0) unless aligned so. */
+bool v_read(struct cpu *cpu, const struct insn *i, void *p, unsigned size, unsigned align);
+bool v_write(struct cpu *cpu, const struct insn *i, const void *p, unsigned size, unsigned align);
+/* Reads the memory operand into cpu->vscratch and does fn with that as its register operand. */
+int v_load_slow(struct cpu *cpu, const struct insn *i, insn_fn fn, unsigned size, unsigned align);
+int v_store_slow(struct cpu *cpu, const struct insn *i, const void *p, unsigned size,
+                 unsigned align);
+/* Handler behind fn when an instruction is executed by itself. */
+int v_end(struct cpu *cpu, const struct insn *i);
+
+/* ---- MXCSR ------------------------------------------------------------------------------------ */
+
+#define MXCSR_FLAGS 0x003fu
+#define MXCSR_DAZ 0x0040u
+#define MXCSR_MASKS 0x1f80u
+#define MXCSR_MASKS_SHIFT 7
+#define MXCSR_FTZ 0x8000u
+#define MXCSR_IE 0x01u
+#define MXCSR_DE 0x02u
+#define MXCSR_ZE 0x04u
+#define MXCSR_OE 0x08u
+#define MXCSR_UE 0x10u
+#define MXCSR_PE 0x20u
+
+/*
+ * In guest mode the exception flags live in the host's MXCSR: mxcsr_sync() before anything reads
+ * guest.fpu.mxcsr (FXSAVE, XSAVE, STMXCSR), mxcsr_load() after anything wrote it (FXRSTOR, XRSTOR,
+ * LDMXCSR).  mxcsr_load() says whether cpu->mode changed: end the block with LOOKUP then.
+ */
+void mxcsr_sync(struct cpu *cpu);
+bool mxcsr_load(struct cpu *cpu);
+
+/* ---- building handlers --------------------------------------------------------------------------
+ *
+ * CODE is the assembler text: %[d] the destination, %[a] the first source (VEX), %[b] the last
+ * source, register or memory.  xmm0 to xmm3 are free.
+ */
+#define V_CLOBBERS "xmm0", "xmm1", "xmm2", "xmm3", "memory"
+#define V_ASM_DB(code, p)                                                                          \
+    __asm__ volatile(code : : [d] "m"(VEC(VREG(cpu, i->vd))), [b] "m"(VEC(p)) : V_CLOBBERS)
+#define V_ASM_DAB(code, p)                                                                         \
+    __asm__ volatile(code                                                                          \
+                     :                                                                             \
+                     : [d] "m"(VEC(VREG(cpu, i->vd))), [a] "m"(VEC(VREG(cpu, i->va))),             \
+                       [b] "m"(VEC(p))                                                             \
+                     : V_CLOBBERS)
+/* The immediate is part of an instruction: stubs has one, 8 bytes long, for each of its values. */
+#define V_ASM_STUB(before, operands, stub, after, ...)                                             \
+    __asm__ volatile(before "\n\tlea -128(%%rsp), %%rsp\n\tcall *%[f]\n\t"                          \
+                            "lea 128(%%rsp), %%rsp\n\t" after                                      \
+                     :                                                                             \
+                     : operands, [f] "r"(stub)                                                     \
+                     : V_CLOBBERS __VA_OPT__(, ) __VA_ARGS__)
+#define V_OPERANDS_DB(p) [d] "m"(VEC(VREG(cpu, i->vd))), [b] "m"(VEC(p))
+#define V_OPERANDS_DAB(p)                                                                          \
+    [d] "m"(VEC(VREG(cpu, i->vd))), [a] "m"(VEC(VREG(cpu, i->va))), [b] "m"(VEC(p))
+#define COMMA ,
+
+#define DEFINE_STUBS(name, n, insn)                                                                \
+    extern const u8 stubs_##name[] __attribute__((visibility("hidden")));                          \
+    __asm__(".pushsection .text\n"                                                                 \
+            ".globl stubs_" #name "\n.hidden stubs_" #name "\n"                                    \
+            ".balign 64\nstubs_" #name ":\n"                                                       \
+            ".set .Limm, 0\n.rept " #n "\n.balign 8\n" insn "\nret\n"                              \
+            ".set .Limm, .Limm + 1\n.endr\n"                                                       \
+            ".popsection\n");
+#define STUB(name, imm) (stubs_##name + (size_t)(imm) * 8)
+
+/* Register and memory form of the same text. */
+#define V_PAIR(name, size, align, ...)                                                             \
+    static int name##_rr(struct cpu *cpu, const struct insn *i)                                    \
+    {                                                                                              \
+        const void *p = VREG(cpu, i->vb);                                                          \
+        __VA_ARGS__;                                                                               \
+        NEXT(cpu, i);                                                                              \
+    }                                                                                              \
+    static int name##_rm(struct cpu *cpu, const struct insn *i)                                    \
+    {                                                                                              \
+        const void *p;                                                                             \
+        if (unlikely(!v_source(cpu, i, size, align, &p)))                                          \
+            return v_load_slow(cpu, i, name##_rr, size, align);                                    \
+        __VA_ARGS__;                                                                               \
+        NEXT(cpu, i);                                                                              \
+    }
+
+/* d = d op b, d = op b; VEX: d = a op b. The upper half is cleared by storing ymm0. */
+#define V_LEGACY_BINARY(name, insn, size, align)                                                   \
+    V_PAIR(name##_l, size, align,                                                                  \
+           V_ASM_DB("movaps %[d], %%xmm0\n\t" insn " %[b], %%xmm0\n\tmovaps %%xmm0, %[d]", p))
+#define V_LEGACY_UNARY(name, insn, size, align)                                                    \
+    V_PAIR(name##_l, size, align, V_ASM_DB(insn " %[b], %%xmm0\n\tmovaps %%xmm0, %[d]", p))
+#define V_VEX128_BINARY(name, insn, size)                                                          \
+    V_PAIR(name##_v, size, 1,                                                                      \
+           V_ASM_DAB("vmovaps %[a], %%xmm0\n\t" insn " %[b], %%xmm0, %%xmm0\n\t"                    \
+                     "vmovaps %%ymm0, %[d]",                                                       \
+                     p))
+#define V_VEX128_UNARY(name, insn, size)                                                           \
+    V_PAIR(name##_v, size, 1, V_ASM_DB(insn " %[b], %%xmm0\n\tvmovaps %%ymm0, %[d]", p))
+#define V_VEX256_BINARY(name, insn, size)                                                          \
+    V_PAIR(name##_y, size, 1,                                                                      \
+           V_ASM_DAB("vmovaps %[a], %%ymm0\n\t" insn " %[b], %%ymm0, %%ymm0\n\t"                    \
+                     "vmovaps %%ymm0, %[d]\n\tvzeroupper",                                         \
+                     p))
+#define V_VEX256_UNARY(name, insn, size)                                                           \
+    V_PAIR(name##_y, size, 1,                                                                      \
+           V_ASM_DB(insn " %[b], %%ymm0\n\tvmovaps %%ymm0, %[d]\n\tvzeroupper", p))
+
+/* With immediate: stubs work on xmm1 (b) and xmm0 (first source and result). load: b to xmm1 */
+#define V_LEGACY_BINARY_IMM(name, load, size, align)                                               \
+    V_PAIR(name##_l, size, align,                                                                  \
+           V_ASM_STUB(load " %[b], %%xmm1\n\tmovaps %[d], %%xmm0", V_OPERANDS_DB(p),               \
+                      STUB(name##_l, i->imm8), "movaps %%xmm0, %[d]"))
+#define V_LEGACY_UNARY_IMM(name, load, size, align)                                                \
+    V_PAIR(name##_l, size, align,                                                                  \
+           V_ASM_STUB(load " %[b], %%xmm1", V_OPERANDS_DB(p), STUB(name##_l, i->imm8),             \
+                      "movaps %%xmm0, %[d]"))
+#define V_VEX128_BINARY_IMM(name, load, size)                                                      \
+    V_PAIR(name##_v, size, 1,                                                                      \
+           V_ASM_STUB("v" load " %[b], %%xmm1\n\tvmovaps %[a], %%xmm0", V_OPERANDS_DAB(p),         \
+                      STUB(name##_v, i->imm8), "vmovaps %%ymm0, %[d]"))
+#define V_VEX128_UNARY_IMM(name, load, size)                                                       \
+    V_PAIR(name##_v, size, 1,                                                                      \
+           V_ASM_STUB("v" load " %[b], %%xmm1", V_OPERANDS_DB(p), STUB(name##_v, i->imm8),         \
+                      "vmovaps %%ymm0, %[d]"))
+#define V_VEX256_BINARY_IMM(name)                                                                  \
+    V_PAIR(name##_y, 32, 1,                                                                        \
+           V_ASM_STUB("vmovups %[b], %%ymm1\n\tvmovaps %[a], %%ymm0", V_OPERANDS_DAB(p),           \
+                      STUB(name##_y, i->imm8), "vmovaps %%ymm0, %[d]\n\tvzeroupper"))
+#define V_VEX256_UNARY_IMM(name)                                                                   \
+    V_PAIR(name##_y, 32, 1,                                                                        \
+           V_ASM_STUB("vmovups %[b], %%ymm1", V_OPERANDS_DB(p), STUB(name##_y, i->imm8),           \
+                      "vmovaps %%ymm0, %[d]\n\tvzeroupper"))
+
+/* Rows: the handlers of the three encodings. */
+#define V_ROWS(l, v, y)                                                                            \
+    {                                                                                              \
+        {                                                                                          \
+            [K_RR] = {l##_rr, v##_rr, y##_rr}, [K_RM] = {l##_rm, v##_rm, y##_rm},                  \
+        }                                                                                          \
+    }
+#define V_ALL(name) const struct body b_##name = V_ROWS(name##_l, name##_v, name##_y);
+#define none_rr NULL
+#define none_rm NULL
+#define V_128(name) const struct body b_##name = V_ROWS(name##_l, name##_v, none);
+#define V_LIG(name) const struct body b_##name = V_ROWS(name##_l, name##_v, name##_v);
+#define V_LEGACY(name) const struct body b_##name = V_ROWS(name##_l, none, none);
+#define V_VEX(name) const struct body b_##name = V_ROWS(none, name##_v, name##_y);
+#define V_VEX_LIG(name) const struct body b_##name = V_ROWS(none, name##_v, name##_v);
+#define V_VEX_128(name) const struct body b_##name = V_ROWS(none, name##_v, none);
+#define V_VEX_256(name) const struct body b_##name = V_ROWS(none, none, name##_y);
+
+/* The common shapes: whole registers, 128 and 256 bits. */
+#define V_BINARY(name)                                                                             \
+    V_LEGACY_BINARY(name, #name, 16, 16)                                                           \
+    V_VEX128_BINARY(name, "v" #name, 16)                                                           \
+    V_VEX256_BINARY(name, "v" #name, 32)                                                           \
+    V_ALL(name)
+#define V_BINARY_128(name)                                                                         \
+    V_LEGACY_BINARY(name, #name, 16, 16)                                                           \
+    V_VEX128_BINARY(name, "v" #name, 16)                                                           \
+    V_128(name)
+#define V_UNARY(name)                                                                              \
+    V_LEGACY_UNARY(name, #name, 16, 16)                                                            \
+    V_VEX128_UNARY(name, "v" #name, 16)                                                            \
+    V_VEX256_UNARY(name, "v" #name, 32)                                                            \
+    V_ALL(name)
+#define V_UNARY_128(name)                                                                          \
+    V_LEGACY_UNARY(name, #name, 16, 16)                                                            \
+    V_VEX128_UNARY(name, "v" #name, 16)                                                            \
+    V_128(name)
+/* One element of size bytes; VEX.L is ignored. */
+#define V_SCALAR(name, size)                                                                       \
+    V_LEGACY_BINARY(name, #name, size, 1)                                                          \
+    V_VEX128_BINARY(name, "v" #name, size)                                                         \
+    V_LIG(name)
+
+#define V_BINARY_IMM_STUBS(name)                                                                   \
+    DEFINE_STUBS(name##_l, 256, #name " $.Limm, %xmm1, %xmm0")                                     \
+    DEFINE_STUBS(name##_v, 256, "v" #name " $.Limm, %xmm1, %xmm0, %xmm0")
+#define V_UNARY_IMM_STUBS(name)                                                                    \
+    DEFINE_STUBS(name##_l, 256, #name " $.Limm, %xmm1, %xmm0")                                     \
+    DEFINE_STUBS(name##_v, 256, "v" #name " $.Limm, %xmm1, %xmm0")
+#define V_BINARY_IMM(name)                                                                         \
+    V_BINARY_IMM_STUBS(name)                                                                       \
+    DEFINE_STUBS(name##_y, 256, "v" #name " $.Limm, %ymm1, %ymm0, %ymm0")                          \
+    V_LEGACY_BINARY_IMM(name, "movups", 16, 16)                                                    \
+    V_VEX128_BINARY_IMM(name, "movups", 16)                                                        \
+    V_VEX256_BINARY_IMM(name)                                                                      \
+    V_ALL(name)
+#define V_BINARY_IMM_128(name)                                                                     \
+    V_BINARY_IMM_STUBS(name)                                                                       \
+    V_LEGACY_BINARY_IMM(name, "movups", 16, 16)                                                    \
+    V_VEX128_BINARY_IMM(name, "movups", 16)                                                        \
+    V_128(name)
+#define V_UNARY_IMM(name)                                                                          \
+    V_UNARY_IMM_STUBS(name)                                                                        \
+    DEFINE_STUBS(name##_y, 256, "v" #name " $.Limm, %ymm1, %ymm0")                                 \
+    V_LEGACY_UNARY_IMM(name, "movups", 16, 16)                                                     \
+    V_VEX128_UNARY_IMM(name, "movups", 16)                                                         \
+    V_VEX256_UNARY_IMM(name)                                                                       \
+    V_ALL(name)
+/* load: movss or movsd, by the size of the element */
+#define V_SCALAR_IMM(name, load, size)                                                             \
+    V_BINARY_IMM_STUBS(name)                                                                       \
+    V_LEGACY_BINARY_IMM(name, load, size, 1)                                                       \
+    V_VEX128_BINARY_IMM(name, load, size)                                                          \
+    V_LIG(name)
+
+/* The only VEX encodings. */
+#define V_VEX_BINARY(name)                                                                         \
+    V_VEX128_BINARY(name, #name, 16)                                                               \
+    V_VEX256_BINARY(name, #name, 32)                                                               \
+    V_VEX(name)
+#define V_VEX_UNARY_IMM(name)                                                                      \
+    DEFINE_STUBS(name##_v, 256, #name " $.Limm, %xmm1, %xmm0")                                     \
+    DEFINE_STUBS(name##_y, 256, #name " $.Limm, %ymm1, %ymm0")                                     \
+    V_VEX128_UNARY_IMM(name, "movups", 16)                                                         \
+    V_VEX256_UNARY_IMM(name)                                                                       \
+    V_VEX(name)
+#define V_VEX_BINARY_IMM(name)                                                                     \
+    DEFINE_STUBS(name##_v, 256, #name " $.Limm, %xmm1, %xmm0, %xmm0")                              \
+    DEFINE_STUBS(name##_y, 256, #name " $.Limm, %ymm1, %ymm0, %ymm0")                              \
+    V_VEX128_BINARY_IMM(name, "movups", 16)                                                        \
+    V_VEX256_BINARY_IMM(name)                                                                      \
+    V_VEX(name)
+
+/* ---- the choice of a handler (vector.c) ---------------------------------------------------------- */
+
+/* NULL: no such encoding. kind: K_RR, K_RM, K_MR, or K_R for an instruction without operands. */
+insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct insn *i, u32 flags,
+                       unsigned kind, u32 mode);
+
+#endif

@@ -1,0 +1,180 @@
+"""How Python programs reach the fake device: `open`, `ioctl`, and `installed` for unchanged ones."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import fcntl
+import io
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from errno import EINVAL, ENOENT
+from typing import Any, Protocol, TypeAlias
+
+from pykvm import kvm as _kvm  # noqa: F401  fills the registry
+from pykvm.abi import ffi
+from pykvm.abi.errors import KvmError
+from pykvm.abi.uaccess import BufferMemory, address_of
+from pykvm.fd import dispatch
+from pykvm.fd.table import fget, is_ours
+from pykvm.kvm.system import System
+from pykvm.kvm.vcpu import Vcpu
+
+DEVICE = "/dev/kvm"
+
+
+class HasFileno(Protocol):
+    """What has a descriptor: a file object, a socket."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        ...
+
+
+FileDescriptor: TypeAlias = int | HasFileno
+Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+def is_device(path: object) -> bool:
+    """Say if a path names the KVM device."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        return False
+    name = os.fsdecode(path)
+    return name.endswith("kvm") and (os.path.normpath(name) == DEVICE or os.path.realpath(name) == DEVICE)
+
+
+def open(  # noqa: A001  as os.open
+    path: Path = DEVICE, flags: int = os.O_RDWR | os.O_CLOEXEC, *, extensions: Iterable[str] = ()
+) -> int:
+    """Open the fake KVM device and return a file descriptor that the caller owns.
+
+    path: must name /dev/kvm; there may be none.  flags: O_CLOEXEC counts; access modes do not, as
+    on the real device.  extensions: what pykvm adds to x86 KVM when asked to, such as "x86-osi".
+
+    Errors:
+        ENOENT  another path
+        EMFILE, ENFILE  no descriptor left
+    """
+    if not is_device(path):
+        raise KvmError(ENOENT, f"{os.fsdecode(path)} is not {DEVICE}")
+    return System(frozenset(extensions)).open(cloexec=bool(flags & os.O_CLOEXEC))
+
+
+def ioctl(fd: FileDescriptor, request: int, arg: Any = 0, mutate_flag: bool = True) -> int | bytes:
+    """Do an ioctl on one of pykvm's descriptors; takes what fcntl.ioctl takes.
+
+    arg is one of
+
+    - an int: the number itself, or an address in this process;
+    - a writable buffer (bytearray, array, memoryview, ctypes structure): the structure; changed in
+      place, or left alone and returned as bytes when `mutate_flag` is false;
+    - bytes, str or a read-only buffer: the structure; returned as bytes;
+    - a cffi pointer, array or structure: its address.
+
+    Behind the end of a buffer there is nothing: a structure that does not fit is EFAULT.
+
+    Errors: those of the ioctl; EBADF no such descriptor; ENOTTY not one of pykvm's
+    """
+    number = fd if isinstance(fd, int) else fd.fileno()
+    if isinstance(arg, int):
+        return dispatch.ioctl(number, request, arg)
+    if isinstance(arg, ffi.CData):
+        return dispatch.ioctl(number, request, _address(arg))
+    if isinstance(arg, str):
+        arg = arg.encode()
+    view = memoryview(arg)
+    if not view.readonly and mutate_flag:
+        memory = BufferMemory(view.cast("B"), writable=True)
+        return dispatch.ioctl(number, request, memory.address, memory)
+    copy = bytearray(view)
+    memory = BufferMemory(copy, writable=True)
+    dispatch.ioctl(number, request, memory.address, memory)
+    return bytes(copy)
+
+
+def instructions(fd: int) -> int:
+    """Return how many instructions a vCPU has retired since it was made.
+
+    Errors:
+        EBADF, ENOTTY  not a descriptor of pykvm's
+        EINVAL         not that of a vCPU
+    """
+    vcpu = fget(fd).obj
+    if not isinstance(vcpu, Vcpu):
+        raise KvmError(EINVAL, f"descriptor {fd} is not that of a vCPU")
+    return int(vcpu.cpu.stats.insns)
+
+
+def _address(data: Any) -> int:
+    kind = ffi.typeof(data).kind
+    if kind in {"struct", "union"}:
+        return address_of(ffi.addressof(data))
+    return address_of(data) if kind in {"pointer", "array", "function"} else int(data)
+
+
+# ---- unchanged programs --------------------------------------------------------------------------
+
+_real_open = builtins.open
+_real_os_open = os.open
+_real_ioctl = fcntl.ioctl
+
+
+class _Installed:
+    """How often `installed` is entered, and with which extensions last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.options: list[frozenset[str]] = []
+
+
+_installed = _Installed()
+
+
+def _fake_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    if is_device(path):
+        # os.open makes descriptors that are not inherited, whatever the flags.
+        return open(path, flags | os.O_CLOEXEC, extensions=_installed.options[-1])
+    return _real_os_open(path, flags, mode, dir_fd=dir_fd)
+
+
+def _fake_open(file: Any, *args: Any, **kwargs: Any) -> Any:
+    if not is_device(file):
+        return _real_open(file, *args, **kwargs)
+    return _real_open(open(file, extensions=_installed.options[-1]), *args, **kwargs)
+
+
+def _fake_ioctl(fd: Any, request: int, arg: Any = 0, mutate_flag: bool = True, /) -> Any:
+    number = fd if isinstance(fd, int) else fd.fileno()
+    if is_ours(number):
+        return ioctl(number, request, arg, mutate_flag)
+    return _real_ioctl(fd, request, arg, mutate_flag)
+
+
+@contextlib.contextmanager
+def installed(*, extensions: Iterable[str] = ()) -> Iterator[None]:
+    """Have os.open, open and fcntl.ioctl of the whole process use pykvm for /dev/kvm meanwhile.
+
+    For Python code that knows nothing of pykvm.  It must call them as attributes of their modules:
+    a function imported by ``from fcntl import ioctl`` before stays what it was.  All threads are
+    concerned; descriptors stay valid afterwards with `pykvm.ioctl`.
+    """
+    System(frozenset(extensions))  # a wrong extension fails here, not at some later open
+    with _installed.lock:
+        _installed.options.append(frozenset(extensions))
+        if len(_installed.options) == 1:
+            _patch(_fake_os_open, _fake_open, _fake_ioctl)
+    try:
+        yield
+    finally:
+        with _installed.lock:
+            _installed.options.pop()
+            if not _installed.options:
+                _patch(_real_os_open, _real_open, _real_ioctl)
+
+
+def _patch(os_open: Any, open_: Any, ioctl_: Any) -> None:
+    setattr(os, "open", os_open)  # noqa: B010  a plain assignment is a type error, rightly
+    setattr(builtins, "open", open_)  # noqa: B010
+    setattr(io, "open", open_)  # noqa: B010
+    setattr(fcntl, "ioctl", ioctl_)  # noqa: B010

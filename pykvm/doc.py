@@ -1,0 +1,71 @@
+"""Tables made from the registry of ioctls and the instruction table, as Markdown or plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pykvm import kvm as _kvm  # noqa: F401  fills the registry
+from pykvm.abi import ffi, lib
+from pykvm.abi.ioctl import Ioctl, rows
+
+HEAD = ("ioctl", "number", "fd", "argument", "capability", "errors", "status")
+INSN_HEAD = ("map", "opcode", "name", "operands")
+
+
+def cells(row: Ioctl) -> tuple[str, ...]:
+    """Return a row of the table of ioctls, a cell per column of `HEAD`."""
+    argument = (row.form.ctype() if row.form else None) or ""
+    errors = "" if row.absent else ", ".join(row.errors)
+    status = f"no ({next(iter(row.errors))}): {row.doc}" if row.absent else "yes"
+    return (row.name, f"{row.request:#010x}", row.kind, argument.removeprefix("struct "), row.cap or "", errors, status)
+
+
+def ioctl_rows() -> list[tuple[str, ...]]:
+    """Return the table of all requests that x86 has, by descriptor and number."""
+    return [cells(row) for row in rows()]
+
+
+def insn_rows() -> list[tuple[str, ...]]:
+    """Return the table of instructions that the processor decodes."""
+    found = []
+    number = 0
+    while text := lib.cpu_insn_row(number):
+        found.append(tuple(ffi.string(text).decode().split(maxsplit=len(INSN_HEAD) - 1)))
+        number += 1
+    return found
+
+
+def markdown(lines: Iterable[tuple[str, ...]], head: tuple[str, ...]) -> str:
+    """Return a Markdown table."""
+
+    def line(row: tuple[str, ...]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, lines)]) + "\n"
+
+
+def text(lines: Iterable[tuple[str, ...]]) -> str:
+    """Return a table in columns, without a head: for reading and for grep."""
+    rows_ = list(lines)
+    widths = [max(map(len, column)) for column in zip(*rows_, strict=True)]
+    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows_)
+
+
+def ioctls_markdown() -> str:
+    """Return the table of ioctls for the documentation."""
+    return markdown(ioctl_rows(), HEAD)
+
+
+def ioctls_text() -> str:
+    """Return the table of ioctls for a terminal."""
+    return text((name, number, fd, status) for name, number, fd, *_, status in ioctl_rows())
+
+
+def insns_markdown() -> str:
+    """Return the table of instructions for the documentation."""
+    return markdown(insn_rows(), INSN_HEAD)
+
+
+def insns_text() -> str:
+    """Return the table of instructions for a terminal."""
+    return text(insn_rows())

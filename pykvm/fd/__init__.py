@@ -1,0 +1,1 @@
+"""File descriptors: what is open, and the one way into an ioctl."""

@@ -1,0 +1,142 @@
+"""What pykvm does not offer, and why: absence is a row of the registry too.
+
+Each answers as on a kernel that has not got it, with the errno of an unknown request.  Who builds
+one removes its name here: the registry refuses a request that is both offered and absent.
+"""
+
+from __future__ import annotations
+
+from pykvm.abi.ioctl import foreign, not_offered
+
+_IRQCHIP = "interrupt controllers in the kernel come with a later issue"
+_PIT = "the timer in the kernel comes with the interrupt controllers"
+_EVENTFD = "eventfds come with the interrupt controllers"
+_MEMORY = "slots with guest_memfd and memory attributes come with a later issue"
+_STATS = "statistics descriptors come with a later issue"
+_COALESCED = "the coalesced MMIO ring comes with a later issue"
+_ENCRYPTION = "there is no memory encryption (SEV, TDX) to emulate"
+_XEN = "Xen guests are not emulated"
+_HYPERV = "Hyper-V enlightenments are not emulated"
+_PMU = "there are no performance counters to emulate"
+_NESTED = "the processor has no virtualization extensions of its own"
+_REMOVED = "removed from Linux"
+
+_ABSENT = {
+    "system": {
+        _HYPERV: ("KVM_GET_SUPPORTED_HV_CPUID",),
+        "attributes of the system are those of XFD and SEV": ("KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR"),
+    },
+    "vm": {
+        _IRQCHIP: (
+            "KVM_CREATE_IRQCHIP",
+            "KVM_IRQ_LINE",
+            "KVM_IRQ_LINE_STATUS",
+            "KVM_GET_IRQCHIP",
+            "KVM_SET_IRQCHIP",
+            "KVM_SET_GSI_ROUTING",
+            "KVM_SIGNAL_MSI",
+        ),
+        _PIT: (
+            "KVM_CREATE_PIT",
+            "KVM_GET_PIT",
+            "KVM_SET_PIT",
+            "KVM_CREATE_PIT2",
+            "KVM_GET_PIT2",
+            "KVM_SET_PIT2",
+            "KVM_REINJECT_CONTROL",
+        ),
+        _EVENTFD: ("KVM_IRQFD", "KVM_IOEVENTFD"),
+        _MEMORY: ("KVM_SET_USER_MEMORY_REGION2", "KVM_SET_MEMORY_ATTRIBUTES", "KVM_CREATE_GUEST_MEMFD"),
+        _COALESCED: ("KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"),
+        "the dirty ring comes with a later issue": ("KVM_RESET_DIRTY_RINGS",),
+        "a limit for shadow pages comes with the shadow MMU": ("KVM_SET_NR_MMU_PAGES",),
+        "devices come with a later issue": ("KVM_CREATE_DEVICE",),
+        "the MSR filter comes with a later issue": ("KVM_X86_SET_MSR_FILTER",),
+        _STATS: ("KVM_GET_STATS_FD",),
+        _PMU: ("KVM_SET_PMU_EVENT_FILTER",),
+        _HYPERV: ("KVM_HYPERV_EVENTFD",),
+        _XEN: ("KVM_XEN_HVM_CONFIG", "KVM_XEN_HVM_GET_ATTR", "KVM_XEN_HVM_SET_ATTR", "KVM_XEN_HVM_EVTCHN_SEND"),
+        _ENCRYPTION: (
+            "KVM_MEMORY_ENCRYPT_OP",
+            "KVM_MEMORY_ENCRYPT_REG_REGION",
+            "KVM_MEMORY_ENCRYPT_UNREG_REGION",
+        ),
+        _REMOVED: ("KVM_GET_NR_MMU_PAGES",),
+    },
+    "vcpu": {
+        _IRQCHIP: ("KVM_GET_LAPIC", "KVM_SET_LAPIC", "KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR"),
+        _STATS: ("KVM_GET_STATS_FD",),
+        "system management mode comes with a later issue": ("KVM_SMI",),
+        "guest debugging comes with a later issue": ("KVM_SET_GUEST_DEBUG",),
+        "registers by number come with a later issue": ("KVM_GET_ONE_REG", "KVM_SET_ONE_REG", "KVM_GET_REG_LIST"),
+        "populating memory beforehand comes with a later issue": ("KVM_PRE_FAULT_MEMORY",),
+        _NESTED: ("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE"),
+        _HYPERV: ("KVM_GET_SUPPORTED_HV_CPUID",),
+        _XEN: ("KVM_XEN_VCPU_GET_ATTR", "KVM_XEN_VCPU_SET_ATTR"),
+        _ENCRYPTION: ("KVM_MEMORY_ENCRYPT_OP",),
+    },
+    "device": {
+        "devices come with a later issue": ("KVM_SET_DEVICE_ATTR", "KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR"),
+    },
+}
+
+for _kind, _groups in _ABSENT.items():
+    for _why, _names in _groups.items():
+        for _name in _names:
+            not_offered(_kind, _name, why=_why)
+
+_FOREIGN = {
+    "S/390": (
+        "KVM_S390_ENABLE_SIE",
+        "KVM_S390_UCAS_MAP",
+        "KVM_S390_UCAS_UNMAP",
+        "KVM_S390_VCPU_FAULT",
+        "KVM_S390_INTERRUPT",
+        "KVM_S390_STORE_STATUS",
+        "KVM_S390_SET_INITIAL_PSW",
+        "KVM_S390_INITIAL_RESET",
+        "KVM_S390_MEM_OP",
+        "KVM_S390_GET_SKEYS",
+        "KVM_S390_SET_SKEYS",
+        "KVM_S390_IRQ",
+        "KVM_S390_SET_IRQ_STATE",
+        "KVM_S390_GET_IRQ_STATE",
+        "KVM_S390_GET_CMMA_BITS",
+        "KVM_S390_SET_CMMA_BITS",
+        "KVM_S390_NORMAL_RESET",
+        "KVM_S390_CLEAR_RESET",
+        "KVM_S390_PV_COMMAND",
+        "KVM_S390_PV_CPU_COMMAND",
+        "KVM_S390_ZPCI_OP",
+    ),
+    "PowerPC": (
+        "KVM_PPC_GET_PVINFO",
+        "KVM_PPC_GET_SMMU_INFO",
+        "KVM_PPC_ALLOCATE_HTAB",
+        "KVM_CREATE_SPAPR_TCE",
+        "KVM_CREATE_SPAPR_TCE_64",
+        "KVM_ALLOCATE_RMA",
+        "KVM_PPC_GET_HTAB_FD",
+        "KVM_DIRTY_TLB",
+        "KVM_PPC_RTAS_DEFINE_TOKEN",
+        "KVM_PPC_RESIZE_HPT_PREPARE",
+        "KVM_PPC_RESIZE_HPT_COMMIT",
+        "KVM_PPC_CONFIGURE_V3_MMU",
+        "KVM_PPC_GET_RMMU_INFO",
+        "KVM_PPC_GET_CPU_CHAR",
+        "KVM_PPC_SVM_OFF",
+    ),
+    "ARM": (
+        "KVM_ARM_SET_DEVICE_ADDR",
+        "KVM_ARM_VCPU_INIT",
+        "KVM_ARM_PREFERRED_TARGET",
+        "KVM_ARM_MTE_COPY_TAGS",
+        "KVM_ARM_SET_COUNTER_OFFSET",
+        "KVM_ARM_GET_REG_WRITABLE_MASKS",
+        "KVM_ARM_VCPU_FINALIZE",
+    ),
+}
+
+for _machine, _names in _FOREIGN.items():
+    for _name in _names:
+        foreign(_name, why=f"of {_machine}")

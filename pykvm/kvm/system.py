@@ -1,0 +1,80 @@
+"""/dev/kvm itself: the object behind its descriptors, and its own ioctls."""
+
+from __future__ import annotations
+
+from errno import EINVAL
+
+from pykvm.abi import uapi
+from pykvm.abi.errors import KvmError
+from pykvm.abi.ioctl import NoArg, Value, system_ioctl
+from pykvm.fd.table import anon_inode_getfd
+from pykvm.kvm.vm import VCPU_MMAP_SIZE, Vm
+
+# Extensions that a client can ask for; without them pykvm answers as upstream x86 does.
+EXTENSIONS = frozenset({"x86-osi"})
+
+
+class System:
+    """What one open of /dev/kvm is: the options its VMs are made with.
+
+    `extensions`: names of `EXTENSIONS` that are on.
+    """
+
+    def __init__(self, extensions: frozenset[str] = frozenset()) -> None:
+        """Take the options.  Raises ValueError for an extension that does not exist."""
+        if unknown := extensions - EXTENSIONS:
+            msg = f"no extension {', '.join(sorted(unknown))}; there are {', '.join(sorted(EXTENSIONS))}"
+            raise ValueError(msg)
+        self.extensions = extensions
+
+    @property
+    def system(self) -> System:
+        """Return itself: a capability is asked of a System or a Vm, and both have `system`."""
+        return self
+
+    def open(self, *, cloexec: bool = True) -> int:
+        """Open the device and return a descriptor that the caller owns.  Raises EMFILE, ENFILE."""
+        return anon_inode_getfd("kvm", "system", self, cloexec=cloexec)
+
+    def release(self) -> None:
+        """Let the last descriptor go; VMs hold the System themselves."""
+
+
+@system_ioctl("KVM_GET_API_VERSION", NoArg())
+def get_api_version(system: System) -> int:
+    """Return 12, the version of the stable API.
+
+    Errors:
+        EINVAL  the argument is not 0
+    Source: api.rst 4.1; kvm_main.c kvm_dev_ioctl
+    """
+    del system
+    return uapi.KVM_API_VERSION
+
+
+@system_ioctl("KVM_GET_VCPU_MMAP_SIZE", NoArg())
+def get_vcpu_mmap_size(system: System) -> int:
+    """Return the bytes a client maps of a vCPU: kvm_run, PIO data and the coalesced ring, a page each.
+
+    Errors:
+        EINVAL  the argument is not 0
+    Source: api.rst 4.5; kvm_main.c kvm_dev_ioctl
+    """
+    del system
+    return VCPU_MMAP_SIZE
+
+
+@system_ioctl("KVM_CREATE_VM", Value())
+def create_vm(system: System, machine_type: int) -> int:
+    """Make a VM without vCPUs and memory, and return its descriptor.
+
+    machine_type: KVM_X86_DEFAULT_VM.
+
+    Errors:
+        EINVAL  a machine type that is not in KVM_CAP_VM_TYPES
+        EMFILE, ENFILE  no descriptor left
+    Source: api.rst 4.2; kvm_main.c kvm_dev_ioctl_create_vm
+    """
+    if machine_type != uapi.KVM_X86_DEFAULT_VM:
+        raise KvmError(EINVAL, f"no machine type {machine_type:#x}")
+    return Vm(system).open()

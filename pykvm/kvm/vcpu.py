@@ -1,0 +1,262 @@
+"""The vCPU: its state beside the processor's, and KVM_RUN.
+
+KVM_RUN works in this order: signals blocked, cr8 and registers taken from kvm_run, the pending exit
+completed, immediate_exit, and only then events, guest and exits, until one is the client's to
+handle or a signal waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from errno import EINTR, EINVAL
+from typing import TYPE_CHECKING
+
+from pykvm import trace
+from pykvm.abi import CData, ffi, lib, uapi
+from pykvm.abi.errors import KvmError
+from pykvm.abi.ioctl import NoArg, vcpu_ioctl
+from pykvm.cpu import Cpu
+from pykvm.kvm import clock, cpuid, msr, regs
+from pykvm.kvm.events import Events
+from pykvm.kvm.exits import EXIT_NAMES, HANDLERS, NO_GFN, RESUME, USERSPACE, Outcome, memory_fault
+from pykvm.kvm.signals import signal_pending
+from pykvm.mmu import MemoryFault
+
+if TYPE_CHECKING:
+    from pykvm.mmu.slots import Memslots
+    from pykvm.kvm.vm import Vm
+
+PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
+_RUN_BYTES = 3 * 4096
+# DX after reset is what CPUID.1 says of the processor, and no CPUID is set yet.
+_RESET_RDX = 0x600
+_RDX = 2
+_CR8_RESERVED = ~0xF
+_KVM_EXIT_UNKNOWN = uapi.KVM_EXIT_UNKNOWN
+_KVM_EXIT_INTR = uapi.KVM_EXIT_INTR
+_KVM_EXIT_IRQ_WINDOW_OPEN = uapi.KVM_EXIT_IRQ_WINDOW_OPEN
+_SYNC_REGS = uapi.KVM_SYNC_X86_VALID_FIELDS
+_IF = uapi.X86_EFLAGS_IF
+
+_block_signals = lib.signals_block
+_restore_signals = lib.signals_restore
+
+
+class Vcpu:
+    """A virtual CPU.  Its ioctls run with `mutex` held, and so does all of KVM_RUN.
+
+    `cpu`: the processor, which holds the architectural state that instructions work on.
+    `kvm_run`: what the client maps, as a cdata ``struct kvm_run *``; `run_memory`: the same as bytes,
+    with the PIO data page behind it.
+    `complete_userspace_io`: what the next KVM_RUN does first; `pending_linear_rip`: where rip was
+    when that was left, if the client has set registers since.
+    `as_id`: the address space it runs in, 1 in system management mode.
+    `loaded_memslots`: the slots that the processor's tables stand for.
+    """
+
+    def __init__(self, vm: Vm, vcpu_id: int) -> None:
+        """Make a vCPU in the state after reset."""
+        self.vm = vm
+        self.id = vcpu_id
+        # A client's signal handler may run in the middle of KVM_RUN, in its thread, and use the vCPU.
+        self.mutex = threading.RLock()
+        self.cpu = Cpu()
+        self.kvm_run: CData = ffi.NULL
+        self.run_memory = memoryview(b"")
+        self.as_id = 0
+        self.mp_state: int = uapi.KVM_MP_STATE_RUNNABLE
+        self.complete_userspace_io: Callable[[Vcpu], Outcome] | None = None
+        self.pending_linear_rip: int | None = None
+        self.loaded_memslots: tuple[Memslots, ...] | None = None
+        self.has_run = False
+        # The signals blocked in KVM_RUN: those of KVM_SET_SIGNAL_MASK, else those of the thread.
+        self.sigset: int | None = None
+        self.signal_mask = 0
+        # MMIO under way: what the client answered of a read, what it has not seen of a write.
+        self.mmio_read = b""
+        self.mmio_fragments: list[tuple[int, bytes]] = []
+        self.osi_enabled = False
+        # Who makes interrupt controllers in the kernel sets these on each vCPU.
+        self.lapic_in_kernel = False
+        self.pic_in_kernel = False
+        self.events = Events()
+        self.apic_base = self._reset_apic_base()
+        self.cpuid = cpuid.GuestCpuid()
+        self.msrs = msr.MsrState()
+        self.clock = clock.VcpuClock()
+        self._reset()
+
+    def _reset_apic_base(self) -> int:
+        base = uapi.APIC_DEFAULT_PHYS_BASE | uapi.MSR_IA32_APICBASE_ENABLE
+        return base | (uapi.MSR_IA32_APICBASE_BSP if self.is_bsp else 0)
+
+    def _reset(self) -> None:
+        self.cpu.gpr[_RDX] = _RESET_RDX
+        ctl = self.cpu.ctl
+        ctl.emulate_gfn = NO_GFN
+        # No local APIC in the kernel: the client wants to see the TPR fall.
+        ctl.flags |= lib.CPU_EXIT_HLT | lib.CPU_EXIT_CR8
+        cpuid.after_set_cpuid(self)
+        clock.synchronize_tsc(self, None)
+
+    @property
+    def is_bsp(self) -> bool:
+        """Say if this is the boot processor."""
+        return self.id == self.vm.boot_cpu_id
+
+    @property
+    def run(self) -> CData:
+        """struct kvm_run, which the client maps; setting it makes the vCPU ready to run."""
+        return self.kvm_run
+
+    @run.setter
+    def run(self, kvm_run: CData) -> None:
+        self.kvm_run = kvm_run
+        self.run_memory = memoryview(ffi.buffer(kvm_run, _RUN_BYTES)).cast("B")
+
+    def release(self) -> None:
+        """Let the descriptor and the mappings go; the vCPU stays part of the VM."""
+        self.vm.put()
+
+    def destroy(self) -> None:
+        """Free the processor: the VM is going away and nobody can reach the vCPU."""
+        self.complete_userspace_io = None
+
+    def check_signal(self) -> None:
+        """End KVM_RUN when a signal waits.
+
+        Errors:
+            EINTR  one does; exit_reason says KVM_EXIT_INTR
+        """
+        if signal_pending(self):
+            self.kvm_run.exit_reason = _KVM_EXIT_INTR
+            raise KvmError(EINTR, "a signal is pending")
+
+
+# ---- KVM_RUN -------------------------------------------------------------------------------------
+
+
+@vcpu_ioctl("KVM_RUN", NoArg())
+def run(vcpu: Vcpu) -> int:
+    """Run the guest until something is the client's to handle; kvm_run says what.
+
+    An exit that the client handled is completed first of all, even when immediate_exit is set or a
+    signal waits; doing so may give the next exit of the same instruction.
+
+    Errors:
+        EINVAL  the argument is not 0; unknown bits in kvm_valid_regs or kvm_dirty_regs, invalid
+                registers there; cr8 above 15
+        EINTR   a signal is pending (exit_reason KVM_EXIT_INTR), or immediate_exit is set
+        EFAULT  guest memory that the host does not have (exit_reason KVM_EXIT_MEMORY_FAULT)
+    Source: api.rst 4.10 and 5; x86.c kvm_arch_vcpu_ioctl_run, vcpu_run, vcpu_enter_guest
+    """
+    blocked = _block_signals()
+    try:
+        vcpu.signal_mask = mask = blocked if vcpu.sigset is None else vcpu.sigset
+        vcpu.cpu.set_signal_mask(mask)
+        kvm_run = vcpu.kvm_run
+        immediate_exit = kvm_run.immediate_exit
+        kvm_run.flags = 0
+        try:
+            return _run(vcpu, kvm_run, immediate_exit)
+        except MemoryFault as fault:
+            memory_fault(vcpu, *fault.memory_fault)
+            raise
+        finally:
+            if kvm_run.kvm_valid_regs:
+                regs.store_sync_regs(vcpu)
+            post_run_save(vcpu)
+    finally:
+        _restore_signals(blocked)
+        if trace.kvm_userspace_exit.enabled:
+            trace.kvm_userspace_exit(reason=vcpu.kvm_run.exit_reason)
+
+
+def _run(vcpu: Vcpu, kvm_run: CData, immediate_exit: int) -> int:
+    if (kvm_run.kvm_valid_regs | kvm_run.kvm_dirty_regs) & ~_SYNC_REGS:
+        raise KvmError(EINVAL, "unknown bits in kvm_valid_regs or kvm_dirty_regs")
+    if kvm_run.kvm_dirty_regs:
+        regs.load_sync_regs(vcpu)
+    if not vcpu.lapic_in_kernel:
+        cr8 = kvm_run.cr8
+        if cr8 & _CR8_RESERVED:
+            raise KvmError(EINVAL, f"kvm_run.cr8 is {cr8:#x}")
+        vcpu.cpu.guest.cr8 = cr8
+    complete = vcpu.complete_userspace_io
+    if complete is not None:
+        vcpu.complete_userspace_io = None
+        if vcpu.loaded_memslots is not vcpu.vm.memslots:
+            _load_mmu(vcpu)
+        if complete(vcpu) is USERSPACE:
+            return 0
+    if immediate_exit:
+        raise KvmError(EINTR, "immediate_exit is set")
+    return vcpu_run(vcpu)
+
+
+def vcpu_run(vcpu: Vcpu) -> int:
+    """Enter the guest again and again until an exit is the client's."""
+    vm, cpu, kvm_run, events = vcpu.vm, vcpu.cpu, vcpu.kvm_run, vcpu.events
+    enter = cpu.enter
+    kvm_run.exit_reason = _KVM_EXIT_UNKNOWN
+    vcpu.has_run = True
+    while True:
+        if vcpu.loaded_memslots is not vm.memslots:
+            _load_mmu(vcpu)
+        if events.requested and not _prepare_events(vcpu):
+            return 0
+        if kvm_run.request_interrupt_window and not _open_window(vcpu):
+            return 0
+        if trace.kvm_entry.enabled:
+            trace.kvm_entry(vcpu=vcpu.id, rip=cpu.guest.rip)
+        reason = enter()
+        if events.in_flight:
+            events.after_entry(vcpu)
+        if trace.kvm_exit.enabled:
+            trace.kvm_exit(vcpu=vcpu.id, reason=EXIT_NAMES[reason], rip=cpu.guest.rip)
+        if HANDLERS[reason](vcpu) is not RESUME:
+            return 0
+
+
+def _load_mmu(vcpu: Vcpu) -> None:
+    # Read before it is loaded: a change in between makes the next entry load again.
+    memslots = vcpu.vm.memslots
+    vcpu.vm.mmu.load(vcpu)
+    vcpu.loaded_memslots = memslots
+
+
+def _prepare_events(vcpu: Vcpu) -> bool:
+    """Hand over the next event; False when that is a shutdown, told in kvm_run."""
+    events = vcpu.events
+    if events.triple_fault:
+        events.triple_fault = False
+        vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
+        return False
+    if vcpu.clock.update_requested:
+        clock.update_guest_time(vcpu)
+    events.inject(vcpu)
+    return True
+
+
+def _open_window(vcpu: Vcpu) -> bool:
+    """Ask for the moment the client waits for; False when it is now, told in kvm_run."""
+    events = vcpu.events
+    if vcpu.pic_in_kernel:
+        return True
+    if not events.in_flight and events.ready_for_interrupt_injection(vcpu):
+        vcpu.kvm_run.exit_reason = _KVM_EXIT_IRQ_WINDOW_OPEN
+        return False
+    events.set_control(vcpu, lib.CPU_EXIT_IRQ_WINDOW, on=True)
+    return True
+
+
+def post_run_save(vcpu: Vcpu) -> None:
+    """Refresh what kvm_run says after every KVM_RUN, failed ones included."""
+    kvm_run, guest = vcpu.kvm_run, vcpu.cpu.guest
+    kvm_run.if_flag = 1 if guest.rflags & _IF else 0
+    kvm_run.cr8 = guest.cr8
+    kvm_run.apic_base = vcpu.apic_base
+    kvm_run.ready_for_interrupt_injection = (
+        1 if vcpu.pic_in_kernel or vcpu.events.ready_for_interrupt_injection(vcpu) else 0
+    )

@@ -1,0 +1,281 @@
+"""The VM: what its vCPUs share, how long it lives, and the ioctls about its making."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from errno import EBUSY, EEXIST, EINVAL
+from typing import TYPE_CHECKING
+
+from pykvm.abi import CData, Gpa, ffi
+from pykvm.abi.errors import KvmError
+from pykvm.abi.ioctl import User, Value, vm_ioctl
+from pykvm.abi.uaccess import UserMemory, address_of
+from pykvm.fd.table import File, anon_inode_getfd
+from pykvm.kvm import memslots
+from pykvm.kvm.caps import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, Args, capability, check_extension, vm_cap
+from pykvm.kvm.clock import VmClock
+from pykvm.kvm.vcpu import Vcpu
+from pykvm.mmu import TdpMmu
+
+if TYPE_CHECKING:
+    from pykvm.kvm.system import System
+
+PAGE_SIZE = 4096
+# kvm_run, the PIO data page, the coalesced MMIO ring.
+VCPU_MMAP_SIZE = 3 * PAGE_SIZE
+ADDRESS_SPACES = 2
+DEFAULT_IDENTITY_MAP_ADDR = 0xFFFB_C000
+# Three pages end at 4 GiB: x86.c kvm_vm_ioctl_set_tss_addr.
+MAX_TSS_ADDR = 0xFFFF_D000
+
+capability("KVM_CAP_MULTI_ADDRESS_SPACE", ADDRESS_SPACES)
+capability("KVM_CAP_MAX_VCPU_ID", KVM_MAX_VCPU_IDS)
+
+_live_lock = threading.Lock()
+_live: set[Vm] = set()
+
+
+def live_vms() -> tuple[Vm, ...]:
+    """Return the VMs of this process that are not destroyed."""
+    with _live_lock:
+        return tuple(_live)
+
+
+class Vm:
+    """A VM.  It lives until its own, its vCPUs' and its devices' descriptors and mappings are gone.
+
+    `lock`: the kernel's kvm->lock, for what is made and configured; `slots_lock`: kvm->slots_lock.
+    `vcpus`: by id, in the order they were made.  `memslots`: one snapshot per address space.
+    `tss_addr`, `identity_map_addr`: stored and given back to nobody; this processor needs neither.
+    """
+
+    def __init__(self, system: System) -> None:
+        """Make a VM without vCPUs and memory."""
+        self.system = system
+        self.lock = threading.RLock()
+        self.slots_lock = threading.RLock()
+        self.vcpus: dict[int, Vcpu] = {}
+        self.created_vcpus = 0
+        self.max_vcpu_ids = 0
+        self.boot_cpu_id = 0
+        self.tss_addr: Gpa | None = None
+        self.identity_map_addr = Gpa(DEFAULT_IDENTITY_MAP_ADDR)
+        self.max_halt_poll_ns: int | None = None
+        self.vm_dead = False
+        self.dirty_log_manual_protect = False
+        self.dirty_log_initially_set = False
+        self.exception_payload_enabled = False
+        self.triple_fault_event = False
+        self.exit_on_emulation_error = False
+        self.guest_can_read_platform_info = True
+        # Bits of KVM_X86_QUIRK_* that are off, and of hypercalls that exit.
+        self.disabled_quirks = 0
+        self.hypercall_exits = 0
+        self.clock = VmClock()
+        self.memslots = memslots.new_address_spaces(ADDRESS_SPACES)
+        self.mmu = TdpMmu(self)
+        self._users = 0
+        self._users_lock = threading.Lock()
+        self._run_memory: dict[int, CData] = {}
+
+    # ---- how long it lives
+
+    def get(self) -> None:
+        """Take a reference (kvm_get_kvm): one per descriptor that stands for the VM or part of it."""
+        with self._users_lock:
+            self._users += 1
+
+    def put(self) -> None:
+        """Give a reference back; the last one destroys the VM."""
+        with self._users_lock:
+            self._users -= 1
+            last = self._users == 0
+        if last:
+            self.destroy()
+
+    def open(self) -> int:
+        """Return a descriptor of the VM.  Raises EMFILE, ENFILE."""
+        self.get()
+        fd = anon_inode_getfd("kvm-vm", "vm", self)
+        with _live_lock:
+            _live.add(self)
+        return fd
+
+    def release(self) -> None:
+        """Let the VM's own descriptor go."""
+        self.put()
+
+    def destroy(self) -> None:
+        """Free what the VM holds; nobody can reach it any more."""
+        with _live_lock:
+            _live.discard(self)
+        for vcpu in self.vcpus.values():
+            vcpu.destroy()
+        self.vcpus = {}
+        self._run_memory = {}
+        self.memslots = memslots.new_address_spaces(ADDRESS_SPACES)
+        self.mmu.destroy()
+
+    # ---- what others ask it
+
+    def check_extension(self, cap: int) -> int:
+        """Return what KVM_CHECK_EXTENSION answers on this VM."""
+        return check_extension(self, cap)
+
+    def read_guest(self, gpa: int, size: int, as_id: int = 0) -> bytes | None:
+        """Return guest memory, None where there is none."""
+        return memslots.read_guest(self, gpa, size, as_id)
+
+    def write_guest(self, gpa: int, data: bytes, as_id: int = 0) -> bool:
+        """Write guest memory and log it as dirty; False where there is none or it is READONLY."""
+        return memslots.write_guest(self, gpa, data, as_id)
+
+    @staticmethod
+    def user_pointer(pointer: CData) -> int:
+        """Return the address in a pointer member of a structure."""
+        return address_of(pointer)
+
+    # ---- vCPUs
+
+    def create_vcpu(self, vcpu_id: int) -> int:
+        """Make a vCPU and return its descriptor.  Errors: see `create_vcpu` below."""
+        if vcpu_id >= KVM_MAX_VCPU_IDS:
+            raise KvmError(EINVAL, f"vCPU id {vcpu_id:#x}: must be below {KVM_MAX_VCPU_IDS}")
+        with self.lock:
+            if self.created_vcpus >= KVM_MAX_VCPUS:
+                raise KvmError(EINVAL, f"the VM has {KVM_MAX_VCPUS} vCPUs already")
+            # x86.c kvm_arch_vcpu_precreate: the first vCPU fixes the limit.
+            self.max_vcpu_ids = self.max_vcpu_ids or KVM_MAX_VCPU_IDS
+            if vcpu_id >= self.max_vcpu_ids:
+                raise KvmError(EINVAL, f"vCPU id {vcpu_id}: KVM_CAP_MAX_VCPU_ID was set to {self.max_vcpu_ids}")
+            if vcpu_id in self.vcpus:
+                raise KvmError(EEXIST, f"vCPU {vcpu_id} exists")
+            return self._new_vcpu(vcpu_id)
+
+    def _new_vcpu(self, vcpu_id: int) -> int:
+        vcpu = Vcpu(self, vcpu_id)
+        self.get()
+        try:
+            fd = anon_inode_getfd(
+                f"kvm-vcpu:{vcpu_id}", "vcpu", vcpu, VCPU_MMAP_SIZE, install=self._run_installer(vcpu)
+            )
+        except BaseException:
+            self._run_memory.pop(vcpu_id, None)
+            vcpu.destroy()
+            self.put()
+            raise
+        self.vcpus[vcpu_id] = vcpu
+        self.created_vcpus += 1
+        return fd
+
+    def _run_installer(self, vcpu: Vcpu) -> Callable[[File], None]:
+        def install(file: File) -> None:
+            # The vCPU stays part of the VM when its descriptor is closed, and so must its kvm_run.
+            self._run_memory[vcpu.id] = file.memory
+            vcpu.run = ffi.cast("struct kvm_run *", file.memory)
+
+        return install
+
+
+@vm_ioctl("KVM_CREATE_VCPU", Value())
+def create_vcpu(vm: Vm, vcpu_id: int) -> int:
+    """Make a vCPU in the state after reset and return its descriptor.
+
+    vcpu_id is its APIC id; the boot processor is the one with KVM_SET_BOOT_CPU_ID's, default 0.
+
+    Errors:
+        EINVAL  id not below KVM_CAP_MAX_VCPU_ID, or below what was enabled as that; too many vCPUs
+        EEXIST  there is or was a vCPU with this id
+        EMFILE, ENFILE  no descriptor left
+    Source: api.rst 4.7; kvm_main.c kvm_vm_ioctl_create_vcpu, x86.c kvm_arch_vcpu_precreate
+    """
+    return vm.create_vcpu(vcpu_id)
+
+
+@vm_ioctl("KVM_SET_BOOT_CPU_ID", Value(), cap="KVM_CAP_SET_BOOT_CPU_ID")
+def set_boot_cpu_id(vm: Vm, vcpu_id: int) -> int:
+    """Say which vCPU is the boot processor.
+
+    Errors:
+        EBUSY   a vCPU exists
+        EINVAL  no vCPU can have this id
+    Source: api.rst 4.41; x86.c kvm_arch_vm_ioctl
+    """
+    with vm.lock:
+        if vm.created_vcpus:
+            raise KvmError(EBUSY, "a vCPU exists")
+        # `>` as in the kernel: the limit itself is accepted although no vCPU can have it.
+        if vcpu_id > KVM_MAX_VCPU_IDS or (vm.max_vcpu_ids and vcpu_id > vm.max_vcpu_ids):
+            raise KvmError(EINVAL, f"vCPU id {vcpu_id:#x} is out of range")
+        vm.boot_cpu_id = vcpu_id
+    return 0
+
+
+@vm_ioctl("KVM_SET_TSS_ADDR", Value(), cap="KVM_CAP_SET_TSS_ADDR")
+def set_tss_addr(vm: Vm, address: int) -> int:
+    """Store where a processor without unrestricted guest may keep its real-mode TSS: three pages.
+
+    This processor needs none, so that, as on AMD, no slot is made and nothing conflicts.
+
+    Errors:
+        EINVAL  the pages do not end below 4 GiB
+    Source: api.rst 4.33; x86.c kvm_vm_ioctl_set_tss_addr, svm.c svm_set_tss_addr
+    """
+    if address > MAX_TSS_ADDR:
+        raise KvmError(EINVAL, f"TSS at {address:#x}: above {MAX_TSS_ADDR:#x}")
+    vm.tss_addr = Gpa(address)
+    return 0
+
+
+@vm_ioctl("KVM_SET_IDENTITY_MAP_ADDR", User("uint64_t"), cap="KVM_CAP_SET_IDENTITY_MAP_ADDR")
+def set_identity_map_addr(vm: Vm, user: UserMemory, addr: int) -> int:
+    """Store where a processor without unrestricted guest may keep its identity page table; 0: default.
+
+    Errors:
+        EINVAL  a vCPU exists
+    Source: api.rst 4.42; x86.c kvm_arch_vm_ioctl
+    """
+    with vm.lock:
+        # Before the address is read: a bad pointer is EINVAL then, too.
+        if vm.created_vcpus:
+            raise KvmError(EINVAL, "a vCPU exists")
+        given = int.from_bytes(user.read(addr, 8), "little")
+        vm.identity_map_addr = Gpa(given or DEFAULT_IDENTITY_MAP_ADDR)
+    return 0
+
+
+@vm_cap("KVM_CAP_MAX_VCPU_ID")
+def enable_max_vcpu_id(vm: Vm, args: Args) -> int:
+    """Lower the limit of vCPU ids to args[0], once and before the first vCPU.
+
+    Errors:
+        EINVAL  above KVM_CAP_MAX_VCPU_ID, below the boot processor's id, or not the value already set
+    Source: api.rst 7.31; x86.c kvm_vm_ioctl_enable_cap
+    """
+    wanted = args[0]
+    with vm.lock:
+        if wanted > KVM_MAX_VCPU_IDS:
+            raise KvmError(EINVAL, f"limit {wanted:#x}: at most {KVM_MAX_VCPU_IDS}")
+        if vm.boot_cpu_id > wanted:
+            raise KvmError(EINVAL, f"limit {wanted}: the boot processor has id {vm.boot_cpu_id}")
+        if vm.max_vcpu_ids not in {0, wanted}:
+            raise KvmError(EINVAL, f"limit {wanted}: it is {vm.max_vcpu_ids} already")
+        vm.max_vcpu_ids = wanted
+    return 0
+
+
+@vm_cap("KVM_CAP_HALT_POLL")
+def enable_halt_poll(vm: Vm, args: Args) -> int:
+    """Limit the time a halted vCPU is polled for, to args[0] nanoseconds.
+
+    A halted vCPU sleeps at once here, which is within every limit.
+
+    Errors:
+        EINVAL  more than 32 bits
+    Source: api.rst 7.21; kvm_main.c kvm_vm_ioctl_enable_cap_generic
+    """
+    if args[0] >> 32:
+        raise KvmError(EINVAL, f"limit {args[0]:#x} ns: more than 32 bits")
+    vm.max_halt_poll_ns = args[0]
+    return 0

@@ -1,0 +1,125 @@
+"""The Python side of the preload library: what shim.c's functions come down to.
+
+`install` runs in the client's process, in the interpreter that start.c started.  No exception may
+leave a function here: one that tries is a bug of pykvm's, is logged, and the client sees EIO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from errno import EBADF, EIO, ENOTTY
+from typing import Any
+
+from pykvm import device as _device  # noqa: F401  fills the registry
+from pykvm.abi import lib, uapi
+from pykvm.abi.errors import KvmError
+from pykvm.fd import dispatch, table
+from pykvm.kvm.memslots import hva_ranges, invalidate_range
+from pykvm.kvm.system import System
+from pykvm.kvm.vm import live_vms
+
+# What _build.py gives to cffi: the C functions that are Python, and what runs before the first.
+EMBEDDING_API = """
+struct embed_range { uint64_t start, end; };
+struct embed_settings {
+    const char *home, *path, *extensions;
+    void (*set_ranges)(const struct embed_range *, int);
+};
+int pykvm_embed_open(int flags);
+int64_t pykvm_embed_ioctl(int fd, uint32_t request, uint64_t arg, uint64_t mask);
+void pykvm_embed_invalidate(uint64_t start, uint64_t end);
+int pykvm_embed_start(const struct embed_settings *settings, int own_interpreter);
+"""
+EMBEDDING_INIT = """
+from _pykvm_preload import ffi
+from pykvm.preload import embed
+embed.install(ffi)
+"""
+
+NOT_OURS = -100000  # EMBED_NOT_OURS of embed.h
+# A busy Python thread holds the interpreter for this long, in seconds; a vCPU that exits waits so long.
+SWITCH_INTERVAL = 5e-4
+
+_KVM_RUN = uapi.KVM_RUN
+_ioctl = dispatch.ioctl
+_signals_held = lib.signals_held
+
+
+def install(ffi: Any) -> None:
+    """Define the functions of EMBEDDING_API."""
+    shim = _Shim(ffi)
+    ffi.def_extern(name="pykvm_embed_start", error=-1, onerror=_log)(shim.start)
+    ffi.def_extern(name="pykvm_embed_open", error=-EIO, onerror=_log)(shim.open)
+    ffi.def_extern(name="pykvm_embed_ioctl", error=-EIO, onerror=_log)(shim.ioctl)
+    ffi.def_extern(name="pykvm_embed_invalidate", onerror=_log)(shim.invalidate)
+
+
+def _log(kind: type[BaseException], error: BaseException, where: Any) -> None:
+    print("pykvm: bug, please report; the program sees EIO:", file=sys.stderr)
+    traceback.print_exception(kind, error, where, file=sys.stderr)
+
+
+class _Shim:
+    """The functions, with what they share."""
+
+    def __init__(self, ffi: Any) -> None:
+        self._ffi = ffi
+        self._set_ranges: Any = None
+        self._extensions: frozenset[str] = frozenset()
+        self._slot_requests = {uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_SET_USER_MEMORY_REGION2}
+
+    def start(self, settings: Any, own_interpreter: int) -> int:
+        """Take what `pykvm exec` and the shim have to say."""
+        self._set_ranges = settings.set_ranges
+        if settings.extensions:
+            names = self._ffi.string(settings.extensions).decode()
+            self._extensions = frozenset(filter(None, names.split(",")))
+        if own_interpreter:
+            sys.setswitchinterval(SWITCH_INTERVAL)
+        return 0
+
+    def open(self, flags: int) -> int:
+        """Open the device; a descriptor or a negated errno."""
+        try:
+            return System(self._extensions).open(cloexec=bool(flags & os.O_CLOEXEC))
+        except KvmError as error:
+            return -(error.errno or EIO)
+
+    def ioctl(self, fd: int, request: int, arg: int, mask: int) -> int:
+        """Do an ioctl; its result or a negated errno."""
+        try:
+            if request != _KVM_RUN:
+                result = _ioctl(fd, request, arg)
+                if request in self._slot_requests:
+                    self._refresh()
+                return result
+            _signals_held(1, mask)
+            try:
+                return _ioctl(fd, request, arg)
+            finally:
+                _signals_held(0, 0)
+        except KvmError as error:
+            number = error.errno or EIO
+            if number in {ENOTTY, EBADF} and not table.is_ours(fd):
+                return NOT_OURS
+            return -number
+
+    def invalidate(self, start: int, end: int) -> None:
+        """Drop the translations to [start, end): the program is about to map something else there."""
+        table.reap()
+        for vm in live_vms():
+            with contextlib.suppress(KvmError):
+                invalidate_range(vm, start, end)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(span for vm in live_vms() for span in hva_ranges(vm)):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((start, end))
+        self._set_ranges(self._ffi.new("struct embed_range[]", merged), len(merged))

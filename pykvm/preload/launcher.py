@@ -1,0 +1,81 @@
+"""`pykvm exec -- PROGRAM ARGUMENTS`: becomes the program, with the preload library in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pykvm.kvm.system import EXTENSIONS as KNOWN_EXTENSIONS
+from pykvm.preload.doctor import LIBRARY, examine
+
+# Variables that the library looks at; it hands them on to children that lose them.
+HOME = "PYKVM_EXEC_HOME"
+PATH = "PYKVM_EXEC_PATH"
+EXTENSIONS = "PYKVM_EXEC_EXTENSIONS"
+# Exit status when the program was not started.
+CANNOT_RUN = 2
+
+
+class CannotRun(Exception):
+    """The program was not started; the message is one line for the person who asked."""
+
+
+def problems(program: str) -> list[str]:
+    """Say why a program cannot be run; empty when it can."""
+    return list(examine(program).problems)
+
+
+def environment(extensions: Iterable[str], base: Mapping[str, str]) -> dict[str, str]:
+    """Return `base` with what loads the library into a program."""
+    others = [entry for entry in base.get("LD_PRELOAD", "").replace(":", " ").split() if entry != str(LIBRARY)]
+    package = str(Path(__file__).parents[2])
+    path = dict.fromkeys(os.path.abspath(entry) for entry in [package, *sys.path] if entry)
+    return {
+        **base,
+        "LD_PRELOAD": ":".join([str(LIBRARY), *others]),
+        HOME: sys.base_prefix,
+        PATH: os.pathsep.join(path),
+        EXTENSIONS: ",".join(sorted(extensions)),
+    }
+
+
+def undo_python() -> None:
+    """Give back what this interpreter changed of what a program inherits."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    # PEP 538: in the C locale Python sets LC_CTYPE for its children.
+    if b"LC_CTYPE=" not in b"\0" + Path("/proc/self/environ").read_bytes():
+        os.environ.pop("LC_CTYPE", None)
+
+
+def check(argv: Sequence[str], extensions: Iterable[str]) -> str:
+    """Return the file to execute.  Raises CannotRun when pykvm would not be in it."""
+    if not argv:
+        raise CannotRun("no program given")
+    diagnosis = examine(argv[0])
+    if not diagnosis.ok:
+        raise CannotRun(f"cannot run {argv[0]}: {diagnosis.problems[0]}")
+    for name in extensions:
+        if name not in KNOWN_EXTENSIONS:
+            raise CannotRun(f"no extension {name}; there is {', '.join(sorted(KNOWN_EXTENSIONS))}")
+    return diagnosis.path
+
+
+def run(argv: Sequence[str], extensions: Iterable[str] = ()) -> int:
+    """Replace this process by the program argv[0]; returns, with status 2, only when that cannot be.
+
+    `extensions`: names of pykvm's extensions that the fake device is to have.
+    """
+    try:
+        path = check(argv, extensions)
+        undo_python()
+        os.execve(path, list(argv), environment(extensions, os.environ))
+    except CannotRun as error:
+        print(f"pykvm: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"pykvm: cannot run {argv[0]}: {error.strerror}", file=sys.stderr)
+    return CANNOT_RUN

@@ -1,0 +1,1023 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The LD_PRELOAD library: functions of libc that a KVM client calls, with /dev/kvm answered by
+ * pykvm in this process and everything else passed on.
+ *
+ * It knows which calls concern pykvm and nothing of KVM's rules: those are Python's, behind
+ * libpykvm-embed.so, which is loaded at the first open of /dev/kvm.  No Python.h here: it sets
+ * _FILE_OFFSET_BITS=64, which makes open() and open64() the same symbol.
+ */
+#include <dlfcn.h>
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "embed.h"
+#include "pykvm/kvm.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define DEVICE "/dev/kvm"
+#define KVM_RDEV makedev(10, 232)
+
+/* The function that the program would call without us.  Looked up once; a race finds the same. */
+#define REAL(name)                                                                                 \
+    ({                                                                                             \
+        static _Atomic(void *) found;                                                              \
+        void *f = atomic_load_explicit(&found, memory_order_relaxed);                              \
+        if (!f) {                                                                                  \
+            f = dlsym(RTLD_NEXT, #name);                                                           \
+            atomic_store_explicit(&found, f, memory_order_relaxed);                                \
+        }                                                                                          \
+        (__typeof__(&name))f;                                                                      \
+    })
+
+/* > 0 in a thread that is inside pykvm: what Python and the C core call goes straight to libc. */
+static __thread int inside __attribute__((tls_model("initial-exec")));
+
+static void complain(const char *what, const char *why)
+{
+    char line[512];
+    int n = snprintf(line, sizeof line, "pykvm: %s: %s\n", what, why);
+
+    if (n > 0 && syscall(SYS_write, 2, line, n < (int)sizeof line ? n : (int)sizeof line - 1) < 0)
+        return;
+}
+
+/* ---- entering pykvm ----------------------------------------------------------------------------- */
+
+struct guard {
+    sigset_t mask;
+    int cancel;
+};
+
+/*
+ * Signal handlers wait until the call is over, as they do for a system call: one that called ioctl()
+ * itself or left by siglongjmp() would do so in the middle of the interpreter.  Faults stay
+ * unblocked, the kernel kills a process for a blocked one.
+ */
+static void enter(struct guard *guard)
+{
+    sigset_t set;
+
+    sigfillset(&set);
+    sigdelset(&set, SIGSEGV);
+    sigdelset(&set, SIGBUS);
+    sigdelset(&set, SIGILL);
+    sigdelset(&set, SIGFPE);
+    sigdelset(&set, SIGTRAP);
+    sigdelset(&set, SIGABRT);
+    sigdelset(&set, SIGSYS);
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &guard->cancel);
+    pthread_sigmask(SIG_BLOCK, &set, &guard->mask);
+    inside++;
+}
+
+static void leave(struct guard *guard)
+{
+    inside--; /* first: the handlers that run now are the program's */
+    pthread_sigmask(SIG_SETMASK, &guard->mask, NULL);
+    pthread_setcancelstate(guard->cancel, &guard->cancel);
+}
+
+static uint64_t first_word(const sigset_t *set)
+{
+    uint64_t word;
+
+    memcpy(&word, set, sizeof word);
+    return word;
+}
+
+/* ---- the other library ---------------------------------------------------------------------------- */
+
+static struct embed_api api;
+static atomic_bool started;
+static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
+static char library[PATH_MAX]; /* path of this one */
+
+/* Environment that `pykvm exec` sets and that every child gets: "NAME=value".  Copies, because the
+ * program may clear its environment. */
+#define ENV_PREFIX "PYKVM_EXEC_"
+#define MAX_KEPT 8
+static char *kept[MAX_KEPT];
+static int nr_kept;
+
+static bool has_name(const char *entry, const char *name, size_t length)
+{
+    return !strncmp(entry, name, length) && entry[length] == '=';
+}
+
+static const char *setting(const char *name)
+{
+    size_t length = strlen(name);
+
+    for (int i = 0; i < nr_kept; i++)
+        if (has_name(kept[i], name, length))
+            return kept[i] + length + 1;
+    return NULL;
+}
+
+/* ---- memory behind slots ---- */
+
+/* Host ranges behind the memory slots, sorted and merged.  Written by Python, read on every munmap()
+ * of the program: a sequence lock, so that a reader neither waits nor enters Python for nothing. */
+#define MAX_RANGES 1024
+static atomic_uint ranges_sequence;
+static struct embed_range ranges[MAX_RANGES];
+static atomic_int nr_ranges;
+
+static void set_ranges(const struct embed_range *table, int n)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+    pthread_mutex_lock(&lock);
+    atomic_fetch_add(&ranges_sequence, 1);
+    if (n > MAX_RANGES) {
+        ranges[0] = (struct embed_range){table[0].start, table[n - 1].end};
+        n = 1;
+    } else if (n) {
+        memcpy(ranges, table, (size_t)n * sizeof *table);
+    }
+    atomic_store(&nr_ranges, n);
+    atomic_fetch_add(&ranges_sequence, 1);
+    pthread_mutex_unlock(&lock);
+}
+
+static bool behind_a_slot(uint64_t start, uint64_t end)
+{
+    bool found;
+    unsigned before;
+
+    if (!atomic_load_explicit(&nr_ranges, memory_order_relaxed))
+        return false;
+    do {
+        before = atomic_load(&ranges_sequence);
+        found = false;
+        for (int i = 0, n = atomic_load(&nr_ranges); i < n && !found; i++)
+            found = ranges[i].start < end && start < ranges[i].end;
+        atomic_thread_fence(memory_order_acquire);
+    } while ((before & 1) || before != atomic_load(&ranges_sequence));
+    return found;
+}
+
+/* The program is about to change the mapping of [address, address + size): the MMU notifier. */
+static void memory_changes(const void *address, size_t size)
+{
+    uint64_t start = (uintptr_t)address & ~4095ull, end = ((uintptr_t)address + size + 4095) & ~4095ull;
+    struct guard guard;
+    int error = errno;
+
+    if (inside || end <= start || !behind_a_slot(start, end))
+        return;
+    enter(&guard);
+    api.invalidate(start, end);
+    leave(&guard);
+    errno = error;
+}
+
+/* ---- starting ---- */
+
+static bool load(void)
+{
+    char path[PATH_MAX + 32];
+    char *slash;
+    void *handle;
+    __typeof__(&embed_start) start;
+    struct embed_settings settings = {
+        .home = setting("PYKVM_EXEC_HOME"),
+        .path = setting("PYKVM_EXEC_PATH"),
+        .extensions = setting("PYKVM_EXEC_EXTENSIONS"),
+        .set_ranges = set_ranges,
+    };
+
+    snprintf(path, sizeof path, "%s", library);
+    slash = strrchr(path, '/');
+    if (!slash)
+        return false;
+    strcpy(slash + 1, "libpykvm-embed.so");
+    /* Global: the interpreter's extension modules expect its symbols there. */
+    handle = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    if (!handle) {
+        complain("cannot load the interpreter", dlerror());
+        return false;
+    }
+    start = (__typeof__(start))dlsym(handle, "embed_start");
+    return start && start(&settings, &api) == 0;
+}
+
+static bool start(void)
+{
+    if (atomic_load(&started))
+        return true;
+    pthread_mutex_lock(&start_lock);
+    if (!atomic_load(&started) && load())
+        atomic_store(&started, true);
+    pthread_mutex_unlock(&start_lock);
+    return atomic_load(&started);
+}
+
+static void after_fork_in_child(void)
+{
+    /* The child has no VM of its own yet; another thread may have held the lock. */
+    atomic_store(&nr_ranges, 0);
+    atomic_store(&ranges_sequence, 0);
+    pthread_mutex_init(&start_lock, NULL);
+}
+
+/* ---- descriptors -------------------------------------------------------------------------------- */
+
+enum fd_kind { NOT_OURS, SYSTEM, VM, VCPU };
+
+/* What we handed out, by descriptor.  A hint only: the number may mean another file by now, or a
+ * duplicate of one of ours may be unknown here.  ioctl() asks Python, which knows. */
+#define MAX_FDS 65536
+static struct {
+    _Atomic uint64_t inode;
+    _Atomic uint8_t kind;
+} handed_out[MAX_FDS];
+
+static bool raw_fstat(int fd, struct stat *st) { return syscall(SYS_fstat, fd, st) == 0; }
+
+static void remember(int fd, enum fd_kind kind)
+{
+    struct stat st;
+
+    if (fd < 0 || fd >= MAX_FDS || !raw_fstat(fd, &st))
+        return;
+    atomic_store(&handed_out[fd].kind, kind);
+    atomic_store(&handed_out[fd].inode, st.st_ino);
+}
+
+static enum fd_kind kind_of(int fd)
+{
+    int error = errno;
+    struct stat st;
+    uint64_t inode;
+
+    if (inside || fd < 0 || fd >= MAX_FDS)
+        return NOT_OURS;
+    inode = atomic_load_explicit(&handed_out[fd].inode, memory_order_relaxed);
+    if (!inode)
+        return NOT_OURS;
+    if (raw_fstat(fd, &st) && st.st_ino == inode && S_ISREG(st.st_mode))
+        return atomic_load(&handed_out[fd].kind);
+    atomic_store(&handed_out[fd].inode, 0);
+    errno = error;
+    return NOT_OURS;
+}
+
+static bool is_real_device(int fd)
+{
+    struct stat st;
+
+    return raw_fstat(fd, &st) && S_ISCHR(st.st_mode) && st.st_rdev == KVM_RDEV;
+}
+
+/* Is this "/dev/kvm", give or take slashes and dots? */
+static bool names_device(const char *path)
+{
+    static const char *const parts[] = {"dev", "kvm"};
+    size_t n = 0;
+
+    if (!path || *path != '/')
+        return false;
+    while (*path) {
+        size_t length = strcspn(path, "/");
+
+        if (length && !(length == 1 && *path == '.')) {
+            if (n == 2 || length != strlen(parts[n]) || memcmp(path, parts[n], length))
+                return false;
+            n++;
+        }
+        path += length + (path[length] == '/');
+    }
+    return n == 2;
+}
+
+/* Opens the fake device: a descriptor, or -1 and errno. */
+static int open_device(int flags)
+{
+    struct guard guard;
+    int result = -EIO, error = errno;
+
+    enter(&guard);
+    if (start())
+        result = api.open(flags);
+    if (result >= 0)
+        remember(result, SYSTEM);
+    leave(&guard);
+    errno = result < 0 ? -result : error;
+    return result < 0 ? -1 : result;
+}
+
+/* A descriptor that open() gave under another name is never the real device. */
+static int checked(int fd, int flags)
+{
+    int error = errno;
+
+    if (fd < 0 || inside || !is_real_device(fd)) {
+        errno = error;
+        return fd;
+    }
+    syscall(SYS_close, fd);
+    return open_device(flags);
+}
+
+#define MODE_OF(flags, last)                                                                       \
+    ({                                                                                             \
+        mode_t mode_ = 0;                                                                          \
+        if ((flags) & (O_CREAT | __O_TMPFILE)) {                                                   \
+            va_list ap_;                                                                           \
+            va_start(ap_, last);                                                                   \
+            mode_ = (mode_t)va_arg(ap_, int);                                                      \
+            va_end(ap_);                                                                           \
+        }                                                                                          \
+        mode_;                                                                                     \
+    })
+
+EXPORT int open(const char *path, int flags, ...)
+{
+    mode_t mode = MODE_OF(flags, flags);
+
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(open)(path, flags, mode), flags);
+}
+
+EXPORT int open64(const char *path, int flags, ...)
+{
+    mode_t mode = MODE_OF(flags, flags);
+
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(open64)(path, flags, mode), flags);
+}
+
+EXPORT int openat(int dir, const char *path, int flags, ...)
+{
+    mode_t mode = MODE_OF(flags, flags);
+
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(openat)(dir, path, flags, mode), flags);
+}
+
+EXPORT int openat64(int dir, const char *path, int flags, ...)
+{
+    mode_t mode = MODE_OF(flags, flags);
+
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(openat64)(dir, path, flags, mode), flags);
+}
+
+/* What open() becomes with _FORTIFY_SOURCE. */
+int __open_2(const char *path, int flags);
+int __open64_2(const char *path, int flags);
+int __openat_2(int dir, const char *path, int flags);
+int __openat64_2(int dir, const char *path, int flags);
+
+EXPORT int __open_2(const char *path, int flags)
+{
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(__open_2)(path, flags), flags);
+}
+
+EXPORT int __open64_2(const char *path, int flags)
+{
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(__open64_2)(path, flags), flags);
+}
+
+EXPORT int __openat_2(int dir, const char *path, int flags)
+{
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(__openat_2)(dir, path, flags), flags);
+}
+
+EXPORT int __openat64_2(int dir, const char *path, int flags)
+{
+    if (!inside && names_device(path))
+        return open_device(flags);
+    return checked(REAL(__openat64_2)(dir, path, flags), flags);
+}
+
+EXPORT int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+EXPORT int creat64(const char *path, mode_t mode) { return open64(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+
+static FILE *open_stream(const char *mode)
+{
+    int fd = open_device(strchr(mode, 'e') ? O_CLOEXEC : 0);
+
+    return fd < 0 ? NULL : fdopen(fd, mode);
+}
+
+/* libc opens the file of a stream without open(). */
+#define FOPEN(name)                                                                                \
+    EXPORT FILE *name(const char *path, const char *mode)                                          \
+    {                                                                                              \
+        FILE *stream;                                                                              \
+                                                                                                   \
+        if (!inside && names_device(path))                                                         \
+            return open_stream(mode);                                                              \
+        stream = REAL(name)(path, mode);                                                           \
+        if (inside || !stream || !is_real_device(fileno(stream)))                                  \
+            return stream;                                                                         \
+        fclose(stream);                                                                            \
+        return open_stream(mode);                                                                  \
+    }
+
+FOPEN(fopen)
+FOPEN(fopen64)
+
+/* ---- ioctl ---------------------------------------------------------------------------------------- */
+
+/* Requests that the kernel answers for every file before the driver is asked: fs/ioctl.c. */
+static bool is_generic(unsigned long request)
+{
+    return request == 0x5450 || request == 0x5451 || request == 0x5421 || request == 0x5452;
+}
+
+static int kvm_ioctl(int fd, uint32_t request, uint64_t arg, bool *ours)
+{
+    struct guard guard;
+    int error = errno;
+    int64_t result;
+
+    enter(&guard);
+    result = api.ioctl(fd, request, arg, first_word(&guard.mask));
+    if (result >= 0 && (request == KVM_CREATE_VM || request == KVM_CREATE_VCPU))
+        remember((int)result, request == KVM_CREATE_VM ? VM : VCPU);
+    leave(&guard);
+    *ours = result != EMBED_NOT_OURS;
+    errno = result < 0 ? (int)-result : error;
+    return result < 0 ? -1 : (int)result;
+}
+
+static int any_ioctl(int fd, unsigned long request, void *arg)
+{
+    bool is_kvm = (request >> 8 & 0xff) == 0xae, ours = false;
+    int error = errno, result;
+
+    if (inside || is_generic((uint32_t)request) || !(is_kvm || kind_of(fd) != NOT_OURS))
+        return REAL(ioctl)(fd, request, arg);
+    if (atomic_load(&started)) {
+        result = kvm_ioctl(fd, (uint32_t)request, (uintptr_t)arg, &ours);
+        if (ours)
+            return result;
+    }
+    if (is_real_device(fd)) {
+        complain("ioctl", "refused on a descriptor of the real " DEVICE " that the program was started with");
+        errno = ENODEV;
+        return -1;
+    }
+    errno = error;
+    return REAL(ioctl)(fd, request, arg);
+}
+
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+    va_list ap;
+    void *arg;
+
+    va_start(ap, request);
+    arg = va_arg(ap, void *);
+    va_end(ap);
+    return any_ioctl(fd, request, arg);
+}
+
+/* The system calls above, made by number. */
+EXPORT long syscall(long number, ...)
+{
+    long a[6];
+    va_list ap;
+
+    va_start(ap, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(ap, long);
+    va_end(ap);
+    if (!inside) {
+        switch (number) {
+        case SYS_ioctl:
+            return any_ioctl((int)a[0], (unsigned long)a[1], (void *)a[2]);
+        case SYS_open:
+            return open((const char *)a[0], (int)a[1], (mode_t)a[2]);
+        case SYS_openat:
+            return openat((int)a[0], (const char *)a[1], (int)a[2], (mode_t)a[3]);
+        case SYS_execve:
+            return execve((const char *)a[0], (char *const *)a[1], (char *const *)a[2]);
+        case SYS_munmap:
+            return munmap((void *)a[0], (size_t)a[1]);
+        }
+    }
+    return REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+/* ---- what else can be done with a descriptor ------------------------------------------------------- */
+
+EXPORT ssize_t read(int fd, void *buffer, size_t size)
+{
+    if (kind_of(fd) == NOT_OURS)
+        return REAL(read)(fd, buffer, size);
+    errno = EINVAL;
+    return -1;
+}
+
+EXPORT ssize_t write(int fd, const void *buffer, size_t size)
+{
+    if (kind_of(fd) == NOT_OURS)
+        return REAL(write)(fd, buffer, size);
+    errno = EINVAL;
+    return -1;
+}
+
+/* libc asks for TCGETS without ioctl(). */
+static bool is_no_terminal(int fd)
+{
+    enum fd_kind kind = kind_of(fd);
+
+    if (kind != NOT_OURS)
+        errno = kind == VM ? ENOTTY : EINVAL;
+    return kind != NOT_OURS;
+}
+
+EXPORT int isatty(int fd) { return is_no_terminal(fd) ? 0 : REAL(isatty)(fd); }
+
+EXPORT int tcgetattr(int fd, struct termios *mode) { return is_no_terminal(fd) ? -1 : REAL(tcgetattr)(fd, mode); }
+
+/* 0, or the errno that mmap() of one of our descriptors fails with. */
+static int mmap_error(int prot, int flags, int fd)
+{
+    enum fd_kind kind = flags & MAP_ANONYMOUS ? NOT_OURS : kind_of(fd);
+
+    if (kind == SYSTEM || kind == VM)
+        return ENODEV;
+    /* Linux 6.16: anonymous inodes are noexec. */
+    return kind == VCPU && prot & PROT_EXEC ? EPERM : 0;
+}
+
+#define MMAP(name, offset_type)                                                                    \
+    EXPORT void *name(void *address, size_t size, int prot, int flags, int fd, offset_type offset) \
+    {                                                                                              \
+        int error = mmap_error(prot, flags, fd);                                                   \
+                                                                                                   \
+        if (error) {                                                                               \
+            errno = error;                                                                         \
+            return MAP_FAILED;                                                                     \
+        }                                                                                          \
+        if (flags & MAP_FIXED)                                                                     \
+            memory_changes(address, size);                                                         \
+        return REAL(name)(address, size, prot, flags, fd, offset);                                 \
+    }
+
+MMAP(mmap, off_t)
+MMAP(mmap64, off64_t)
+
+EXPORT int munmap(void *address, size_t size)
+{
+    memory_changes(address, size);
+    return REAL(munmap)(address, size);
+}
+
+EXPORT int mprotect(void *address, size_t size, int prot)
+{
+    memory_changes(address, size);
+    return REAL(mprotect)(address, size, prot);
+}
+
+EXPORT void *mremap(void *address, size_t old_size, size_t new_size, int flags, ...)
+{
+    void *wanted = NULL;
+
+    if (flags & MREMAP_FIXED) {
+        va_list ap;
+
+        va_start(ap, flags);
+        wanted = va_arg(ap, void *);
+        va_end(ap);
+        memory_changes(wanted, new_size);
+    }
+    memory_changes(address, old_size);
+    return REAL(mremap)(address, old_size, new_size, flags, wanted);
+}
+
+EXPORT int madvise(void *address, size_t size, int advice)
+{
+    if (advice == MADV_DONTNEED || advice == MADV_FREE || advice == MADV_REMOVE)
+        memory_changes(address, size);
+    return REAL(madvise)(address, size, advice);
+}
+
+/* ---- what /dev/kvm looks like ------------------------------------------------------------------------ */
+
+static int device_stat(struct stat *st)
+{
+    memset(st, 0, sizeof *st);
+    st->st_mode = S_IFCHR | 0666;
+    st->st_nlink = 1;
+    st->st_rdev = KVM_RDEV;
+    st->st_blksize = 4096;
+    return 0;
+}
+
+/* struct stat and struct stat64 are the same on x86-64. */
+#define STAT(name, type)                                                                           \
+    EXPORT int name(const char *restrict path, struct type *restrict st)                           \
+    {                                                                                              \
+        if (!inside && names_device(path))                                                         \
+            return device_stat((struct stat *)st);                                                 \
+        return REAL(name)(path, st);                                                               \
+    }
+STAT(stat, stat)
+STAT(stat64, stat64)
+STAT(lstat, stat)
+STAT(lstat64, stat64)
+
+#define FSTAT(name, type)                                                                          \
+    EXPORT int name(int fd, struct type *st)                                                       \
+    {                                                                                              \
+        if (kind_of(fd) == SYSTEM)                                                                 \
+            return device_stat((struct stat *)st);                                                 \
+        return REAL(name)(fd, st);                                                                 \
+    }
+FSTAT(fstat, stat)
+FSTAT(fstat64, stat64)
+
+#define FSTATAT(name, type)                                                                        \
+    EXPORT int name(int dir, const char *restrict path, struct type *restrict st, int flags)       \
+    {                                                                                              \
+        if (!inside && names_device(path))                                                         \
+            return device_stat((struct stat *)st);                                                 \
+        return REAL(name)(dir, path, st, flags);                                                   \
+    }
+FSTATAT(fstatat, stat)
+FSTATAT(fstatat64, stat64)
+
+/* The same for programs linked with a glibc before 2.33. */
+int __xstat(int version, const char *path, struct stat *st);
+int __lxstat(int version, const char *path, struct stat *st);
+int __fxstat(int version, int fd, struct stat *st);
+
+EXPORT int __xstat(int version, const char *path, struct stat *st)
+{
+    return !inside && names_device(path) ? device_stat(st) : REAL(__xstat)(version, path, st);
+}
+
+EXPORT int __lxstat(int version, const char *path, struct stat *st)
+{
+    return !inside && names_device(path) ? device_stat(st) : REAL(__lxstat)(version, path, st);
+}
+
+EXPORT int __fxstat(int version, int fd, struct stat *st)
+{
+    return kind_of(fd) == SYSTEM ? device_stat(st) : REAL(__fxstat)(version, fd, st);
+}
+
+static int device_access(int mode)
+{
+    if (!(mode & X_OK))
+        return 0;
+    errno = EACCES;
+    return -1;
+}
+
+EXPORT int access(const char *path, int mode)
+{
+    return !inside && names_device(path) ? device_access(mode) : REAL(access)(path, mode);
+}
+
+EXPORT int eaccess(const char *path, int mode)
+{
+    return !inside && names_device(path) ? device_access(mode) : REAL(eaccess)(path, mode);
+}
+
+EXPORT int euidaccess(const char *path, int mode)
+{
+    return !inside && names_device(path) ? device_access(mode) : REAL(euidaccess)(path, mode);
+}
+
+EXPORT int faccessat(int dir, const char *path, int mode, int flags)
+{
+    return !inside && names_device(path) ? device_access(mode) : REAL(faccessat)(dir, path, mode, flags);
+}
+
+/* ---- children ------------------------------------------------------------------------------------------
+ *
+ * A child gets the library too, whatever environment it is given; one that cannot have it must not
+ * find the real device.  All of this may run in the child of a vfork(): no allocation, no locks.
+ */
+
+static bool sees_real_device(void) { return syscall(SYS_faccessat, AT_FDCWD, DEVICE, F_OK) == 0; }
+
+static const char *unfit(const char *path, int depth);
+
+static const char *unfit_script(char *line, size_t n, int depth)
+{
+    char *end = memchr(line, '\n', n), *name = line + 2;
+
+    if (!end || depth > 4)
+        return NULL; /* the kernel says what is wrong with it */
+    *end = 0;
+    name += strspn(name, " \t");
+    name[strcspn(name, " \t")] = 0;
+    return unfit(name, depth + 1);
+}
+
+static const char *unfit_elf(int fd, const Elf64_Ehdr *head)
+{
+    Elf64_Phdr phdr;
+    char loader[256] = "";
+
+    if (head->e_ident[EI_CLASS] != ELFCLASS64 || head->e_machine != EM_X86_64)
+        return "is not a 64-bit x86 program";
+    for (int i = 0; i < head->e_phnum; i++) {
+        long at = (long)head->e_phoff + (long)i * (long)sizeof phdr;
+
+        if (syscall(SYS_pread64, fd, &phdr, sizeof phdr, at) != sizeof phdr)
+            return NULL;
+        if (phdr.p_type != PT_INTERP)
+            continue;
+        if (syscall(SYS_pread64, fd, loader, sizeof loader - 1, phdr.p_offset) <= 0)
+            return NULL;
+        return strstr(loader, "musl") ? "is linked with another C library (musl)" : NULL;
+    }
+    return "is statically linked";
+}
+
+static const char *unfit_file(int fd, int depth)
+{
+    union {
+        Elf64_Ehdr elf;
+        char text[256];
+    } head;
+    struct stat st;
+    long n = syscall(SYS_pread64, fd, &head, sizeof head, 0);
+
+    if (n < 4 || !raw_fstat(fd, &st))
+        return NULL;
+    if (!memcmp(head.text, "#!", 2))
+        return unfit_script(head.text, (size_t)n, depth);
+    if ((st.st_mode & S_ISUID && st.st_uid != getuid()) || (st.st_mode & S_ISGID && st.st_gid != getgid()))
+        return "is setuid or setgid";
+    if (n < (long)sizeof head.elf || memcmp(head.elf.e_ident, ELFMAG, SELFMAG))
+        return NULL;
+    return unfit_elf(fd, &head.elf);
+}
+
+/* Why LD_PRELOAD does not work with a program; NULL when it does, or when there is no program. */
+static const char *unfit(const char *path, int depth)
+{
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+    const char *why;
+
+    if (fd < 0)
+        return errno == EACCES ? "cannot be read, so that nobody knows if it is linked dynamically" : NULL;
+    why = unfit_file(fd, depth);
+    syscall(SYS_close, fd);
+    return why;
+}
+
+static bool may_run(const char *path)
+{
+    int error = errno;
+    const char *why;
+
+    inside++;
+    why = path && sees_real_device() ? unfit(path, 0) : NULL;
+    if (why) {
+        char line[PATH_MAX + 128];
+
+        snprintf(line, sizeof line, "not run: it %s, and would use the real " DEVICE, why);
+        complain(path, line);
+    }
+    inside--;
+    errno = why ? EACCES : error;
+    return !why;
+}
+
+/* How much room child_environment() needs, in pointers and in characters. */
+static size_t count(char *const *list)
+{
+    size_t n = 0;
+
+    while (list && list[n])
+        n++;
+    return n;
+}
+
+static size_t preload_size(char *const *environment)
+{
+    size_t size = sizeof "LD_PRELOAD=" + strlen(library) + 1;
+
+    for (size_t i = 0; environment && environment[i]; i++)
+        if (has_name(environment[i], "LD_PRELOAD", 10))
+            size += strlen(environment[i]);
+    return size;
+}
+
+/* Fills in `out` with the environment and what the library needs. */
+static void child_environment(char *const *environment, char **out, char *preload)
+{
+    size_t n = 0;
+    const char *others = "";
+
+    for (size_t i = 0; environment && environment[i]; i++) {
+        if (has_name(environment[i], "LD_PRELOAD", 10))
+            others = environment[i] + 11;
+        else
+            out[n++] = environment[i];
+    }
+    if (strstr(others, library))
+        sprintf(preload, "LD_PRELOAD=%s", others);
+    else
+        sprintf(preload, "LD_PRELOAD=%s%s%s", library, *others ? ":" : "", others);
+    out[n++] = preload;
+    for (int k = 0; k < nr_kept; k++) {
+        size_t length = strcspn(kept[k], "="), i = 0;
+
+        while (i < n && !has_name(out[i], kept[k], length))
+            i++;
+        if (i == n)
+            out[n++] = kept[k];
+    }
+    out[n] = NULL;
+}
+
+#define CHILD_ENVIRONMENT(name, environment)                                                       \
+    char *name[count(environment) + MAX_KEPT + 2];                                                 \
+    char preload_of_##name[preload_size(environment)];                                             \
+    child_environment(environment, name, preload_of_##name)
+
+/* The file that a name without a slash means: first in PATH that can be executed. */
+static const char *in_path(const char *file, char *buffer, size_t size)
+{
+    const char *path = getenv("PATH");
+    struct stat st;
+
+    if (!file || strchr(file, '/'))
+        return file;
+    for (path = path ? path : "/bin:/usr/bin"; *path; path += *path == ':') {
+        size_t length = strcspn(path, ":");
+        int n = snprintf(buffer, size, "%.*s%s%s", (int)length, path, length ? "/" : "", file);
+
+        path += length;
+        if (n > 0 && (size_t)n < size && syscall(SYS_faccessat, AT_FDCWD, buffer, X_OK) == 0 &&
+            syscall(SYS_stat, buffer, &st) == 0 && S_ISREG(st.st_mode))
+            return buffer;
+    }
+    return NULL;
+}
+
+static bool may_run_by_name(const char *file)
+{
+    char buffer[PATH_MAX];
+
+    return may_run(in_path(file, buffer, sizeof buffer));
+}
+
+EXPORT int execve(const char *path, char *const argv[], char *const envp[])
+{
+    CHILD_ENVIRONMENT(env, envp);
+
+    if (inside)
+        return REAL(execve)(path, argv, envp);
+    return may_run(path) ? REAL(execve)(path, argv, env) : -1;
+}
+
+EXPORT int execv(const char *path, char *const argv[]) { return execve(path, argv, environ); }
+
+EXPORT int execvpe(const char *file, char *const argv[], char *const envp[])
+{
+    CHILD_ENVIRONMENT(env, envp);
+
+    return may_run_by_name(file) ? REAL(execvpe)(file, argv, env) : -1;
+}
+
+EXPORT int execvp(const char *file, char *const argv[]) { return execvpe(file, argv, environ); }
+
+EXPORT int fexecve(int fd, char *const argv[], char *const envp[])
+{
+    CHILD_ENVIRONMENT(env, envp);
+    char path[32];
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return may_run(path) ? REAL(fexecve)(fd, argv, env) : -1;
+}
+
+EXPORT int execveat(int dir, const char *path, char *const argv[], char *const envp[], int flags)
+{
+    CHILD_ENVIRONMENT(env, envp);
+    char full[PATH_MAX + 32];
+
+    if (*path == '/' || dir == AT_FDCWD)
+        snprintf(full, sizeof full, "%s", path);
+    else
+        snprintf(full, sizeof full, "/proc/self/fd/%d%s%s", dir, *path ? "/" : "", path);
+    return may_run(full) ? REAL(execveat)(dir, path, argv, env, flags) : -1;
+}
+
+/* The variadic ones.  `size` counts the arguments up to and with the NULL. */
+#define COLLECT(argv, first, ap)                                                                   \
+    va_list counting_;                                                                             \
+    size_t size_ = 1;                                                                              \
+    va_copy(counting_, ap);                                                                        \
+    for (const char *a_ = first; a_; a_ = va_arg(counting_, const char *))                         \
+        size_++;                                                                                   \
+    va_end(counting_);                                                                             \
+    char *argv[size_];                                                                             \
+    argv[0] = (char *)(uintptr_t)first;                                                            \
+    for (size_t i_ = 1; i_ < size_; i_++)                                                          \
+        argv[i_] = va_arg(ap, char *)
+
+EXPORT int execl(const char *path, const char *arg, ...)
+{
+    va_list ap;
+    int result;
+
+    va_start(ap, arg);
+    COLLECT(argv, arg, ap);
+    result = execve(path, argv, environ);
+    va_end(ap);
+    return result;
+}
+
+EXPORT int execlp(const char *file, const char *arg, ...)
+{
+    va_list ap;
+    int result;
+
+    va_start(ap, arg);
+    COLLECT(argv, arg, ap);
+    result = execvpe(file, argv, environ);
+    va_end(ap);
+    return result;
+}
+
+EXPORT int execle(const char *path, const char *arg, ...)
+{
+    va_list ap;
+    int result;
+
+    va_start(ap, arg);
+    COLLECT(argv, arg, ap);
+    result = execve(path, argv, va_arg(ap, char *const *));
+    va_end(ap);
+    return result;
+}
+
+EXPORT int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
+                       const posix_spawnattr_t *attributes, char *const argv[], char *const envp[])
+{
+    CHILD_ENVIRONMENT(env, envp);
+
+    return may_run(path) ? REAL(posix_spawn)(pid, path, actions, attributes, argv, env) : EACCES;
+}
+
+EXPORT int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions,
+                        const posix_spawnattr_t *attributes, char *const argv[], char *const envp[])
+{
+    CHILD_ENVIRONMENT(env, envp);
+
+    return may_run_by_name(file) ? REAL(posix_spawnp)(pid, file, actions, attributes, argv, env) : EACCES;
+}
+
+/* ---- loading ------------------------------------------------------------------------------------------- */
+
+__attribute__((constructor)) static void loaded(void)
+{
+    Dl_info info;
+
+    if (dladdr(&api, &info) && info.dli_fname)
+        snprintf(library, sizeof library, "%s", info.dli_fname);
+    for (char **entry = environ; *entry && nr_kept < MAX_KEPT; entry++)
+        if (!strncmp(*entry, ENV_PREFIX, sizeof ENV_PREFIX - 1) && (kept[nr_kept] = strdup(*entry)))
+            nr_kept++;
+    /* Looked up now: a vfork() child must not. */
+    (void)REAL(execve);
+    (void)REAL(execvpe);
+    (void)REAL(fexecve);
+    (void)REAL(execveat);
+    (void)REAL(posix_spawn);
+    (void)REAL(posix_spawnp);
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+}

@@ -1,0 +1,87 @@
+"""Tracepoints, named and worded as the kernel's: ``PYKVM_TRACE=kvm_exit,kvm_pio``.
+
+PYKVM_TRACE lists tracepoints, or says ``all``; PYKVM_TRACE_FILE names a file, default is stderr.
+A tracepoint that is off costs its caller one attribute test::
+
+    if trace.kvm_exit.enabled:
+        trace.kvm_exit(vcpu=vcpu.id, reason="HLT", rip=rip)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import TextIO
+
+
+class Tracepoint:
+    """One kind of event; calling it writes a line."""
+
+    __slots__ = ("enabled", "format", "name")
+
+    def __init__(self, name: str, text: str) -> None:
+        """Make a tracepoint whose fields are shown as the format string `text` says."""
+        self.name = name
+        self.format = text
+        self.enabled = False
+
+    def __call__(self, **fields: object) -> None:
+        """Write the event with its fields."""
+        _write(self.name, self.format.format(**fields))
+
+
+_output: TextIO | None = None
+
+# The wording is that of the kernel's TP_printk, arch/x86/kvm/trace.h and include/trace/events/kvm.h.
+kvm_entry = Tracepoint("kvm_entry", "vcpu {vcpu}, rip {rip:#x}")
+kvm_exit = Tracepoint("kvm_exit", "vcpu {vcpu} reason {reason} rip {rip:#x}")
+kvm_userspace_exit = Tracepoint("kvm_userspace_exit", "reason {reason}")
+kvm_pio = Tracepoint("kvm_pio", "pio_{direction} at {port:#x} size {size} count {count} val {val:#x}")
+kvm_mmio = Tracepoint("kvm_mmio", "mmio {direction} len {len} gpa {gpa:#x} val {val:#x}")
+kvm_msr = Tracepoint("kvm_msr", "msr_{direction} {index:x} = {data:#x}{suffix}")
+kvm_cpuid = Tracepoint("kvm_cpuid", "func {function:x} idx {index:x} rax {eax:x} rbx {ebx:x} rcx {ecx:x} rdx {edx:x}")
+kvm_hypercall = Tracepoint("kvm_hypercall", "nr {nr:#x} a0 {a0:#x} a1 {a1:#x} a2 {a2:#x} a3 {a3:#x}")
+kvm_inj_virq = Tracepoint("kvm_inj_virq", "IRQ {vector:#x}")
+kvm_inj_exception = Tracepoint("kvm_inj_exception", "{vector} (error code {error_code:#x})")
+kvm_page_fault = Tracepoint("kvm_page_fault", "vcpu {vcpu} address {gpa:#018x} error_code {error_code:#x}")
+kvm_mmu_zap = Tracepoint("kvm_mmu_zap", "gfn {start:#x} - {end:#x}")
+# The one the kernel does not have: every call with its answer, and why it was refused.
+kvm_ioctl = Tracepoint("kvm_ioctl", "fd {fd} {kind} {name} arg {arg:#x} = {result}")
+
+TRACEPOINTS = {point.name: point for point in list(globals().values()) if isinstance(point, Tracepoint)}
+
+
+def enable(names: str, output: TextIO | None = None) -> None:
+    """Turn tracepoints on: a comma-separated list, or "all"; "" turns all off.
+
+    Raises ValueError for a name that is none.
+    """
+    global _output  # noqa: PLW0603  tracing is the process's, as the kernel's is the machine's
+    wanted = set(TRACEPOINTS) if names == "all" else {name.strip() for name in names.split(",") if name.strip()}
+    if unknown := wanted - set(TRACEPOINTS):
+        message = f"no tracepoint {', '.join(sorted(unknown))}; there are {', '.join(TRACEPOINTS)}"
+        raise ValueError(message)
+    _output = output
+    for point in TRACEPOINTS.values():
+        point.enabled = point.name in wanted
+
+
+def _write(name: str, text: str) -> None:
+    out = _output or sys.stderr
+    task = f"{threading.current_thread().name[:15]}-{threading.get_native_id()}"
+    out.write(f"{task:>24} {time.monotonic():14.6f}: {name + ':':<20} {text}\n")
+    out.flush()
+
+
+def enable_from_environment() -> None:
+    """Do what PYKVM_TRACE and PYKVM_TRACE_FILE say."""
+    names = os.environ.get("PYKVM_TRACE", "")
+    if names:
+        path = os.environ.get("PYKVM_TRACE_FILE")
+        # Line-buffered text that lives as long as the process does.
+        enable(names, open(path, "a", encoding="utf-8") if path else None)  # noqa: SIM115
+
+
+enable_from_environment()

@@ -1,0 +1,543 @@
+"""Small C clients under `pykvm exec`: what the preload library stands before, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pykvm.preload import doctor, launcher
+
+pytestmark = pytest.mark.skipif(bool(doctor.installation_problems()), reason=str(doctor.installation_problems()))
+REAL = Path("/dev/kvm").exists()
+
+HEAD = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#define CHECK(what) do { if (!(what)) { printf("line %d: %s: %s\\n", __LINE__, #what, strerror(errno)); exit(1); } } while (0)
+#define FAILS(call, number) CHECK((errno = 0, (long)(call) == -1 && errno == (number)))
+static int device(void) { int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC); CHECK(fd >= 0); return fd; }
+static int is_fake(int fd)
+{
+    char path[64], target[64] = "";
+    sprintf(path, "/proc/self/fd/%d", fd);
+    if (fd < 0 || readlink(path, target, 63) < 0) return 0;
+    return strstr(target, "memfd:kvm") && ioctl(fd, KVM_GET_API_VERSION, 0) == 12;
+}
+"""
+
+Compile = Callable[..., Path]
+
+
+@pytest.fixture
+def compile_c(tmp_path: Path) -> Compile:
+    """Compile the body of main(), or a whole file that has one."""
+
+    def build(body: str, *flags: str, name: str = "client") -> Path:
+        source = tmp_path / f"{name}.c"
+        whole = "main(" in body
+        source.write_text(HEAD + (body if whole else f"int main(void)\n{{\n{body}\nreturn 0;\n}}\n"))
+        program = tmp_path / name
+        subprocess.run(["cc", "-w", "-O1", "-o", program, source, "-pthread", *flags], check=True)
+        return program
+
+    return build
+
+
+def execute(
+    *command: str | os.PathLike[str], env: dict[str, str] | None = None, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pykvm", "exec", *options, "--", *command]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=env)
+
+
+def passes(*command: str | os.PathLike[str], options: tuple[str, ...] = ()) -> str:
+    done = execute(*command, options=options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+# ---- opening ---------------------------------------------------------------------------------------
+
+
+def test_every_way_to_open_it(compile_c: Compile, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("/dev/kvm")
+    by_link = f'CHECK(is_fake(open("{link}", O_RDWR)));' if REAL else ""
+    passes(
+        compile_c(
+            f"""
+            CHECK(is_fake(open("/dev/kvm", O_RDWR)));
+            CHECK(is_fake(open("/dev/kvm", O_RDONLY)));
+            CHECK(is_fake(open("/dev//./kvm", O_RDWR)));
+            CHECK(is_fake(open64("/dev/kvm", O_RDWR | O_CLOEXEC)));
+            CHECK(is_fake(openat(AT_FDCWD, "/dev/kvm", O_RDWR)));
+            CHECK(is_fake(openat64(-1, "/dev/kvm", O_RDWR)));
+            CHECK(is_fake(__open_2("/dev/kvm", O_RDWR)));
+            CHECK(is_fake(__open64_2("/dev/kvm", O_RDWR)));
+            CHECK(is_fake(creat("/dev/kvm", 0600)));
+            CHECK(is_fake(syscall(SYS_open, "/dev/kvm", O_RDWR)));
+            CHECK(is_fake(syscall(SYS_openat, AT_FDCWD, "/dev/kvm", O_RDWR)));
+            CHECK(is_fake(fileno(fopen("/dev/kvm", "r+"))));
+            CHECK(syscall(SYS_ioctl, device(), KVM_GET_API_VERSION, 0) == 12);
+            {by_link}
+            CHECK(!(fcntl(open("/dev/kvm", O_RDWR), F_GETFD) & FD_CLOEXEC));
+            CHECK(fcntl(device(), F_GETFD) & FD_CLOEXEC);
+            FAILS(open("/dev/kvm2", O_RDWR), ENOENT);
+            FAILS(open("/dev/kvm/x", O_RDWR), REALLY);
+            int fd = open("/dev/null", O_RDWR); CHECK(fd >= 0 && write(fd, "x", 1) == 1);
+            """,
+            f"-DREALLY={'ENOTDIR' if REAL else 'ENOENT'}",
+        )
+    )
+
+
+def test_what_it_looks_like(compile_c: Compile) -> None:
+    passes(
+        compile_c("""
+            struct stat st; struct stat64 st64;
+            int kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+            CHECK(stat("/dev/kvm", &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(10, 232));
+            CHECK(stat64("/dev/kvm", &st64) == 0 && lstat("/dev/kvm", &st) == 0);
+            CHECK(fstatat(AT_FDCWD, "/dev/kvm", &st, 0) == 0 && minor(st.st_rdev) == 232);
+            CHECK(fstat(kvm, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(10, 232));
+            CHECK(access("/dev/kvm", R_OK | W_OK) == 0 && access("/dev/kvm", F_OK) == 0);
+            CHECK(faccessat(AT_FDCWD, "/dev/kvm", R_OK, 0) == 0 && eaccess("/dev/kvm", R_OK) == 0);
+            FAILS(access("/dev/kvm", X_OK), EACCES);
+            int fds[3] = {kvm, vm, vcpu};
+            char b[8];
+            for (int i = 0; i < 3; i++) {
+                FAILS(read(fds[i], b, 8), EINVAL);
+                FAILS(write(fds[i], b, 8), EINVAL);
+                CHECK(lseek(fds[i], 0, SEEK_CUR) == 0);
+            }
+            FAILS(mmap(0, 4096, PROT_READ, MAP_SHARED, kvm, 0), ENODEV);
+            FAILS(mmap(0, 4096, PROT_READ, MAP_SHARED, vm, 0), ENODEV);
+            FAILS(mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_SHARED, vcpu, 0), EPERM);
+            CHECK(mmap(0, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0) != MAP_FAILED);
+            errno = 0; CHECK(!isatty(kvm) && errno == EINVAL);
+            errno = 0; CHECK(!isatty(vm) && errno == ENOTTY);
+            FAILS(ioctl(kvm, 0x5401, b), EINVAL);
+            FAILS(ioctl(vm, 0x5401, b), ENOTTY);
+            CHECK(ioctl(vm, FIOCLEX) == 0 && ioctl(vcpu, FIONCLEX) == 0);
+            CHECK(!(fcntl(vcpu, F_GETFD) & FD_CLOEXEC));
+            close(vcpu);
+            int ends[2]; CHECK(pipe(ends) == 0 && ends[0] == vcpu);
+            CHECK(write(ends[1], "x", 1) == 1 && read(ends[0], b, 1) == 1);
+            FAILS(ioctl(ends[0], KVM_GET_API_VERSION, 0), ENOTTY);
+            """)
+    )
+
+
+@pytest.mark.spec("fd.nr_reuse")
+def test_a_request_passed_through_int_arrives_sign_extended(compile_c: Compile) -> None:
+    passes(
+        compile_c("""
+            int request = KVM_GET_SUPPORTED_CPUID;
+            struct { struct kvm_cpuid2 head; struct kvm_cpuid_entry2 entry[256]; } c = {.head.nent = 256};
+            CHECK(request < 0);
+            CHECK(ioctl(device(), request, &c) == 0 && c.head.nent > 5);
+            """)
+    )
+
+
+def test_errno_of_a_call_that_works_is_left_alone(compile_c: Compile) -> None:
+    passes(compile_c('errno = 77; int kvm = device(); ioctl(kvm, KVM_GET_API_VERSION, 0); CHECK(errno == 77);'))
+
+
+# ---- processes and threads ----------------------------------------------------------------------------
+
+
+@pytest.mark.spec("fd.mm_owner")
+def test_fork(compile_c: Compile) -> None:
+    passes(
+        compile_c("""
+            int kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu = ioctl(vm, KVM_CREATE_VCPU, 0), status;
+            for (int i = 0; i < 3; i++) {
+                if (!fork()) {
+                    struct kvm_regs regs;
+                    FAILS(ioctl(vm, KVM_CREATE_VCPU, 1), EIO);
+                    FAILS(ioctl(vcpu, KVM_GET_REGS, &regs), EIO);
+                    CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == 1);
+                    int mine = ioctl(kvm, KVM_CREATE_VM, 0);
+                    CHECK(mine >= 0 && ioctl(mine, KVM_CREATE_VCPU, 0) >= 0);
+                    CHECK(ioctl(ioctl(device(), KVM_CREATE_VM, 0), KVM_CREATE_VCPU, 0) >= 0);
+                    exit(0);
+                }
+                CHECK(wait(&status) > 0 && status == 0);
+            }
+            CHECK(ioctl(vm, KVM_CREATE_VCPU, 1) >= 0);
+            """)
+    )
+
+
+def test_fork_while_other_threads_are_inside(compile_c: Compile) -> None:
+    passes(
+        compile_c("""
+            static volatile int stop;
+            static void *busy(void *arg)
+            {
+                int kvm = *(int *)arg;
+                while (!stop) { int vm = ioctl(kvm, KVM_CREATE_VM, 0); CHECK(vm >= 0); close(vm); }
+                return NULL;
+            }
+            int main(void)
+            {
+                int kvm = device(), status;
+                pthread_t threads[3];
+                for (int i = 0; i < 3; i++) pthread_create(&threads[i], NULL, busy, &kvm);
+                for (int i = 0; i < 10; i++) {
+                    if (!fork()) { CHECK(ioctl(ioctl(kvm, KVM_CREATE_VM, 0), KVM_CREATE_VCPU, 0) >= 0); _exit(0); }
+                    CHECK(wait(&status) > 0 && status == 0);
+                }
+                stop = 1;
+                for (int i = 0; i < 3; i++) pthread_join(threads[i], NULL);
+                return 0;
+            }
+            """)
+    )
+
+
+def test_any_thread_may_be_first_and_many_may_call(compile_c: Compile) -> None:
+    passes(
+        compile_c("""
+            static int sum[8];
+            static void *work(void *arg)
+            {
+                int *mine = arg, kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0);
+                for (int i = 0; i < 200; i++) *mine += ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY);
+                CHECK(ioctl(vm, KVM_CREATE_VCPU, 0) >= 0);
+                return NULL;
+            }
+            int main(void)
+            {
+                pthread_t threads[8];
+                for (int i = 0; i < 8; i++) pthread_create(&threads[i], NULL, work, &sum[i]);
+                for (int i = 0; i < 8; i++) { pthread_join(threads[i], NULL); CHECK(sum[i] == 200); }
+                return 0;
+            }
+            """)
+    )
+
+
+def test_handlers_wait_until_the_call_is_over(compile_c: Compile) -> None:
+    """A handler may call ioctl, fork and leave by siglongjmp: it never interrupts the interpreter."""
+    passes(
+        compile_c("""
+            static int kvm, count, forked;
+            static sigjmp_buf back;
+            static void on_alarm(int sig)
+            {
+                int status;
+                CHECK(ioctl(kvm, KVM_GET_API_VERSION, 0) == 12);
+                if (++count % 16 == 0) { if (!fork()) _exit(0); CHECK(wait(&status) > 0); forked++; }
+                if (count % 3 == 0) siglongjmp(back, 1);
+            }
+            int main(void)
+            {
+                struct itimerval timer = {{0, 700}, {0, 700}};
+                kvm = device();
+                signal(SIGALRM, on_alarm);
+                setitimer(ITIMER_REAL, &timer, NULL);
+                sigsetjmp(back, 1);
+                while (count < 300) CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == 1);
+                CHECK(forked > 3);
+                return 0;
+            }
+            """)
+    )
+
+
+def test_no_handler_is_installed_and_ctrl_c_ends_the_program(compile_c: Compile) -> None:
+    program = compile_c("""
+        struct sigaction action;
+        device();
+        CHECK(sigaction(SIGINT, NULL, &action) == 0 && action.sa_handler == SIG_DFL);
+        CHECK(sigaction(SIGPIPE, NULL, &action) == 0 && action.sa_handler == SIG_DFL);
+        raise(SIGINT);
+        """)
+    assert execute(program).returncode == -2
+
+
+def test_a_cancelled_thread_does_not_take_the_interpreter_along(compile_c: Compile) -> None:
+    passes(
+        compile_c("""
+            static void *work(void *arg)
+            {
+                int kvm = *(int *)arg;
+                for (;;) { ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY); pthread_testcancel(); }
+            }
+            int main(void)
+            {
+                int kvm = device();
+                for (int i = 0; i < 50; i++) {
+                    pthread_t thread;
+                    pthread_create(&thread, NULL, work, &kvm);
+                    usleep(500);
+                    pthread_cancel(thread);
+                    pthread_join(thread, NULL);
+                }
+                CHECK(ioctl(kvm, KVM_GET_API_VERSION, 0) == 12);
+                return 0;
+            }
+            """)
+    )
+
+
+# ---- children -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def child(compile_c: Compile) -> Path:
+    return compile_c('CHECK(is_fake(open("/dev/kvm", O_RDWR))); puts("fake");', name="child")
+
+
+def test_children_get_it_whatever_their_environment(compile_c: Compile, child: Path) -> None:
+    program = compile_c(
+        """
+        extern char **environ;
+        static const char *path;
+        static char *args[2], *none[] = {NULL}, *some[] = {"LD_PRELOAD=", "A=B", NULL};
+        static void run(int way)
+        {
+            switch (way) {
+            case 0: execve(path, args, none); break;
+            case 1: execve(path, args, some); break;
+            case 2: execv(path, args); break;
+            case 3: execvp(path, args); break;
+            case 4: execvpe(path, args, none); break;
+            case 5: execl(path, path, NULL); break;
+            case 6: execle(path, path, NULL, none); break;
+            case 7: setenv("PATH", DIRECTORY, 1); execlp("child", "child", NULL); break;
+            case 8: fexecve(open(path, O_RDONLY), args, none); break;
+            case 9: execveat(AT_FDCWD, path, args, none, 0); break;
+            case 10: clearenv(); execve(path, args, environ); break;
+            case 11: exit(system(path));
+            case 12: syscall(SYS_execve, path, args, none); break;
+            case 13: execve(path, args, NULL); break;
+            }
+            _exit(9);
+        }
+        int main(int argc, char **argv)
+        {
+            int status;
+            pid_t pid;
+            path = args[0] = argv[1];
+            for (int way = 0; way < 14; way++) {
+                if (!(pid = way % 2 ? vfork() : fork())) run(way);
+                CHECK(waitpid(pid, &status, 0) == pid);
+                if (status) printf("way %d: status %x\\n", way, status), exit(1);
+            }
+            CHECK(posix_spawn(&pid, path, NULL, NULL, args, none) == 0 && waitpid(pid, &status, 0) == pid && !status);
+            CHECK(posix_spawnp(&pid, path, NULL, NULL, args, some) == 0 && waitpid(pid, &status, 0) == pid && !status);
+            return 0;
+        }
+        """,
+        f'-DDIRECTORY="{child.parent}"',
+    )
+    assert passes(program, child).count("fake\n") == 16
+
+
+def test_a_grandchild_through_shells_and_env(child: Path) -> None:
+    assert passes("/bin/sh", "-c", f"/usr/bin/env -i /bin/sh -c {child}") == "fake\n"
+
+
+def test_the_environment_has_nothing_of_pythons() -> None:
+    base = {"PATH": os.environ["PATH"], "MINE": "1"}
+    done = execute("/usr/bin/env", env=base)
+    names = {line.split("=")[0] for line in done.stdout.splitlines()}
+    assert names == {*base, "LD_PRELOAD", "PYKVM_EXEC_HOME", "PYKVM_EXEC_PATH", "PYKVM_EXEC_EXTENSIONS"}
+
+
+def test_python_variables_of_the_caller_do_not_matter(child: Path) -> None:
+    env = {**os.environ, "PYTHONHOME": "/nonexistent", "PYTHONPATH": "/nonexistent"}
+    env |= launcher.environment((), env)
+    done = subprocess.run([child], capture_output=True, text=True, check=False, env=env)
+    assert (done.stdout, done.stderr) == ("fake\n", "")
+
+
+@pytest.mark.skipif(not REAL, reason="without a real /dev/kvm there is nothing to protect")
+def test_a_child_that_cannot_have_it_is_not_run(compile_c: Compile) -> None:
+    static = compile_c('puts("ran");', "-static", name="static")
+    program = compile_c("""
+        int main(int argc, char **argv)
+        {
+            pid_t pid;
+            FAILS(execv(argv[1], argv + 1), EACCES);
+            FAILS(execlp(argv[1], argv[1], NULL), EACCES);
+            CHECK(posix_spawn(&pid, argv[1], NULL, NULL, argv + 1, NULL) == EACCES);
+            return 0;
+        }
+        """)
+    done = execute(program, static)
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert set(lines) == {
+        f"pykvm: {static}: not run: it is statically linked, and would use the real /dev/kvm"
+    }
+    script = static.with_name("script")
+    script.write_text(f"#!{static}\n")
+    script.chmod(0o755)
+    done = execute(program, script)
+    assert done.returncode == 0
+    assert "statically linked" in done.stderr
+
+
+# ---- doctor ------------------------------------------------------------------------------------------------
+
+
+def not_started(program: Path | str, reason: str) -> None:
+    done = execute(program)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert reason in done.stderr
+    said = subprocess.run(
+        [sys.executable, "-m", "pykvm", "doctor", program], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 1
+    assert reason in said.stdout
+
+
+def test_a_static_program_is_not_started(compile_c: Compile) -> None:
+    not_started(compile_c('puts("ran");', "-static"), "statically linked")
+    not_started(compile_c('puts("ran");', "-static-pie"), "statically linked")
+
+
+def test_a_missing_or_strange_program_is_not_started(tmp_path: Path) -> None:
+    not_started(tmp_path / "nothing", "there is no such program")
+    file = tmp_path / "file"
+    file.write_text("hello")
+    not_started(file, "not executable")
+    file.chmod(0o755)
+    not_started(file, "not an ELF file")
+    file.write_bytes(b"\x7fELF" + bytes(20))
+    not_started(file, "damaged")
+    not_started("no-such-program-anywhere", "there is no such program")
+
+
+def test_a_program_for_another_machine_is_not_started(compile_c: Compile, tmp_path: Path) -> None:
+    image = bytearray(compile_c("").read_bytes())
+    other = tmp_path / "other"
+    for at, value, reason in ((18, 183, "AArch64"), (18, 3, "i386"), (4, 1, "32-bit")):
+        changed = bytearray(image)
+        changed[at] = value
+        other.write_bytes(changed)
+        other.chmod(0o755)
+        not_started(other, reason)
+
+
+def test_a_program_of_another_libc_is_not_started(compile_c: Compile) -> None:
+    not_started(compile_c('puts("ran");', "-Wl,--dynamic-linker=/lib/ld-musl-x86_64.so.1"), "musl")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a program somebody else's")
+def test_a_setuid_program_is_not_started(compile_c: Compile) -> None:
+    program = compile_c('puts("ran");')
+    os.chown(program, 12345, -1)
+    program.chmod(program.stat().st_mode | stat.S_ISUID)
+    not_started(program, "setuid")
+
+
+def test_scripts_are_judged_by_their_interpreter(compile_c: Compile, child: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/sh\n{child}\n")
+    script.chmod(0o755)
+    assert passes(script) == "fake\n"
+    script.write_text(f"#!/usr/bin/env {child}\n")
+    assert passes(script) == "fake\n"
+    static = compile_c('puts("ran");', "-static", name="static")
+    script.write_text(f"#!{static} x\n")
+    not_started(script, "statically linked")
+    script.write_text("#!/no/such/interpreter\n")
+    not_started(script, "/no/such/interpreter does not exist")
+
+
+def test_a_program_is_found_in_path(child: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{child.parent}:{os.environ['PATH']}")
+    assert passes("child") == "fake\n"
+
+
+def test_status_arguments_and_streams_are_the_programs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pykvm", "exec", "--", "/bin/sh", "-c", 'cat; echo "$0 $1"; exit 7', "--json", "-x"],
+        input="in\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (7, "in\n--json -x\n")
+
+
+def test_an_unknown_extension_is_refused(child: Path) -> None:
+    done = execute(child, options=("--extension", "nonsense"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no extension nonsense" in done.stderr
+
+
+def test_missing_libraries_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "EMBED", tmp_path / "libpykvm-embed.so")
+    diagnosis = doctor.examine("/bin/sh")
+    assert not diagnosis.ok
+    assert "libpykvm-embed.so not built" in diagnosis.problems[0]
+    monkeypatch.setattr(doctor.sysconfig, "get_config_var", lambda _: 0)
+    assert "no shared libpython" in doctor.examine("/bin/sh").problems[0]
+
+
+def test_a_go_program_is_recognised() -> None:
+    elf = doctor.Elf(62, 64, "/lib64/ld-linux-x86-64.so.2", ("libc.so.6",), frozenset({".go.buildinfo"}), frozenset())
+    assert "Go program" in doctor._elf_problems(elf)[0]
+
+
+# ---- Python clients -------------------------------------------------------------------------------------------
+
+PYTHON_CLIENT = """
+import fcntl, os
+kvm = os.open("/dev/kvm", os.O_RDWR)
+assert fcntl.ioctl(kvm, 0xAE00, 0) == 12
+vm = fcntl.ioctl(kvm, 0xAE01, 0)
+if os.fork() == 0:
+    try:
+        fcntl.ioctl(vm, 0xAE41, 0)
+    except OSError as error:
+        os._exit(error.errno)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 5
+assert fcntl.ioctl(vm, 0xAE41, 0) > vm
+print("done")
+"""
+
+
+def test_a_python_program_of_the_same_version(tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(PYTHON_CLIENT)
+    assert passes(sys.executable, script) == "done\n"
+
+
+def test_a_python_of_another_version_is_not_started() -> None:
+    other = next(
+        (path for minor in range(8, 15) if minor != sys.version_info.minor and (path := shutil.which(f"python3.{minor}"))),
+        None,
+    )
+    if other is None or not doctor.examine(other).problems:
+        pytest.skip("no other Python here")
+    not_started(other, "pykvm runs on")

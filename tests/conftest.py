@@ -1,0 +1,1 @@
+"""Fixtures of every test; the markers are described in pyproject.toml."""

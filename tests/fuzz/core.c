@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: MIT */
+/* Executes the cases in the core, at CPL 3 of a long mode that tests/fuzz/insns.py has set up. */
+#include <string.h>
+
+#include "pykvm/cpu.h"
+
+#include "fuzz.h"
+
+#define BP 3
+#define PF 14
+#define STEPS 100000 /* iterations of a REP instruction */
+
+/* How it ended: what of enum cpu_exit_reason is not an end. */
+static int enter(const struct fuzz_core *core, const struct fuzz_case *c)
+{
+    struct vmcs *v = core->vmcs;
+    int reason = EXIT_NONE;
+
+    for (unsigned n = 0; n < STEPS; n++) {
+        reason = core->enter(core->cpu);
+        if (reason == EXIT_MTF && (c->flags & FUZZ_REPEATED) && v->guest.rip == c->in.rip)
+            continue;
+        if (reason != EXIT_PREEMPTED && reason != EXIT_KICK)
+            break;
+    }
+    return reason;
+}
+
+static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, struct fuzz_result *r)
+{
+    struct vmcs *v = core->vmcs;
+    struct cpu_guest *g = &v->guest;
+    int reason;
+
+    fuzz_fill(core->data, c);
+    memcpy(core->code + (c->in.rip - FUZZ_CODE), c->bytes, c->len);
+    core->sync_code(core->cpu);
+    memcpy(g->gpr, c->in.gpr, sizeof(c->in.gpr));
+    g->rip = c->in.rip;
+    g->rflags = c->in.rflags;
+    g->interruptibility = g->pending_dbg = 0;
+    v->ctl.flags =
+        (v->ctl.flags & ~(uint32_t)CPU_SINGLE_STEP) | (c->flags & FUZZ_STEP ? CPU_SINGLE_STEP : 0);
+
+    reason = enter(core, c);
+
+    memset(r, 0, sizeof(*r));
+    memcpy(r->out.gpr, g->gpr, sizeof(r->out.gpr));
+    r->out.rip = g->rip;
+    r->out.rflags = g->rflags;
+    r->memory_hash = fuzz_hash(core->data);
+    r->vector = reason == EXIT_MTF ? -1 : -2 - reason;
+    if (reason == EXIT_EXCEPTION) {
+        r->vector = (int32_t)(v->exit.intr_info & CPU_EVENT_VECTOR);
+        r->error = v->exit.error_code;
+        r->cr2 = r->vector == PF ? v->exit.qualification : 0;
+        if (r->vector == BP)
+            r->vector = -1;
+    }
+    memset(core->code + (c->in.rip - FUZZ_CODE), 0xcc, c->len);
+}
+
+void fuzz_core_run(const struct fuzz_core *core, const struct fuzz_case *cases,
+                   struct fuzz_result *results, int n)
+{
+    for (int k = 0; k < n; k++)
+        run_case(core, &cases[k], &results[k]);
+}
