@@ -31,9 +31,16 @@ def main() -> None:
 @click.option("--memory", "mib", default=64, show_default=True, type=click.IntRange(2, 3072), help="in MiB")
 @click.option("--timeout", type=click.FloatRange(min=0), help="stop after so many seconds")
 @click.option("--device", help="use this real device, /dev/kvm, instead of the fake one")
+@click.option("--no-tdp", is_flag=True, help="shadow paging instead of two-dimensional paging")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
 def run(
-    image: Path | None, rom: bool, mib: int, timeout: float | None, device: str | None, as_json: bool
+    image: Path | None,
+    rom: bool,
+    mib: int,
+    timeout: float | None,
+    device: str | None,
+    no_tdp: bool,
+    as_json: bool,
 ) -> None:
     """Boot IMAGE (ELF, boot sector or --rom) on one vCPU; without IMAGE the guest of the package.
 
@@ -46,7 +53,7 @@ def run(
     write = (lambda _: None) if as_json else _write_console
     try:
         loaded = machine.load_image(image, rom=rom) if image else machine.default_image()
-        with pykvm.Kvm(device) as kvm:
+        with pykvm.Kvm(device, tdp=not no_tdp) as kvm:
             result = machine.Machine(kvm, loaded, mib << 20, write).run(timeout)
     except machine.ImageError as error:
         raise click.ClickException(str(error)) from None

@@ -221,13 +221,17 @@ class _Fd:
 class Kvm(_Fd):
     """/dev/kvm: pykvm's own by default, the kernel's when `device` names it.
 
-    `extensions` are pykvm's (for example "x86-osi") and need the fake device.
+    `extensions` are pykvm's (for example "x86-osi"), and `tdp` off chooses shadow paging; both need
+    the fake device.
     """
 
-    def __init__(self, device: str | None = None, *, extensions: Iterable[str] = ()) -> None:
+    def __init__(
+        self, device: str | None = None, *, extensions: Iterable[str] = (), tdp: bool = True
+    ) -> None:
         """Open the device."""
         if device is None:
-            fd = fake.open(extensions=frozenset(extensions))
+            options = frozenset(extensions) | (frozenset() if tdp else {"no-tdp"})
+            fd = fake.open(extensions=options)
             super().__init__(fd, _fake_ioctl)
         else:
             super().__init__(os.open(device, os.O_RDWR | os.O_CLOEXEC), _real_ioctl)

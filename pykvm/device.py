@@ -8,9 +8,8 @@ import fcntl
 import io
 import os
 import threading
-from collections.abc import Iterable, Iterator
 from errno import EINVAL, ENOENT
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
 from pykvm.abi import ffi
@@ -20,6 +19,9 @@ from pykvm.fd import dispatch
 from pykvm.fd.table import fget, is_ours
 from pykvm.kvm.system import System
 from pykvm.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 DEVICE = "/dev/kvm"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
 from pykvm.abi import ffi, lib
 from pykvm.abi.ioctl import Ioctl, rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 HEAD = ("ioctl", "number", "fd", "argument", "capability", "errors", "status")
 INSN_HEAD = ("map", "opcode", "name", "operands")
@@ -17,7 +20,15 @@ def cells(row: Ioctl) -> tuple[str, ...]:
     argument = (row.form.ctype() if row.form else None) or ""
     errors = "" if row.absent else ", ".join(row.errors)
     status = f"no ({next(iter(row.errors))}): {row.doc}" if row.absent else "yes"
-    return (row.name, f"{row.request:#010x}", row.kind, argument.removeprefix("struct "), row.cap or "", errors, status)
+    return (
+        row.name,
+        f"{row.request:#010x}",
+        row.kind,
+        argument.removeprefix("struct "),
+        row.cap or "",
+        errors,
+        status,
+    )
 
 
 def ioctl_rows() -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TextIO
 
 
@@ -41,7 +42,9 @@ kvm_userspace_exit = Tracepoint("kvm_userspace_exit", "reason {reason}")
 kvm_pio = Tracepoint("kvm_pio", "pio_{direction} at {port:#x} size {size} count {count} val {val:#x}")
 kvm_mmio = Tracepoint("kvm_mmio", "mmio {direction} len {len} gpa {gpa:#x} val {val:#x}")
 kvm_msr = Tracepoint("kvm_msr", "msr_{direction} {index:x} = {data:#x}{suffix}")
-kvm_cpuid = Tracepoint("kvm_cpuid", "func {function:x} idx {index:x} rax {eax:x} rbx {ebx:x} rcx {ecx:x} rdx {edx:x}")
+kvm_cpuid = Tracepoint(
+    "kvm_cpuid", "func {function:x} idx {index:x} rax {eax:x} rbx {ebx:x} rcx {ecx:x} rdx {edx:x}"
+)
 kvm_hypercall = Tracepoint("kvm_hypercall", "nr {nr:#x} a0 {a0:#x} a1 {a1:#x} a2 {a2:#x} a3 {a3:#x}")
 kvm_inj_virq = Tracepoint("kvm_inj_virq", "IRQ {vector:#x}")
 kvm_inj_exception = Tracepoint("kvm_inj_exception", "{vector} (error code {error_code:#x})")
@@ -59,7 +62,9 @@ def enable(names: str, output: TextIO | None = None) -> None:
     Raises ValueError for a name that is none.
     """
     global _output  # noqa: PLW0603  tracing is the process's, as the kernel's is the machine's
-    wanted = set(TRACEPOINTS) if names == "all" else {name.strip() for name in names.split(",") if name.strip()}
+    wanted = (
+        set(TRACEPOINTS) if names == "all" else {name.strip() for name in names.split(",") if name.strip()}
+    )
     if unknown := wanted - set(TRACEPOINTS):
         message = f"no tracepoint {', '.join(sorted(unknown))}; there are {', '.join(TRACEPOINTS)}"
         raise ValueError(message)
@@ -81,7 +86,7 @@ def enable_from_environment() -> None:
     if names:
         path = os.environ.get("PYKVM_TRACE_FILE")
         # Line-buffered text that lives as long as the process does.
-        enable(names, open(path, "a", encoding="utf-8") if path else None)  # noqa: SIM115
+        enable(names, Path(path).open("a", encoding="utf-8") if path else None)  # noqa: SIM115
 
 
 enable_from_environment()

@@ -1,1 +1,51 @@
 """Fixtures of every test; the markers are described in pyproject.toml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.machine import Backend, Machine
+
+pytest_plugins = ("tests.spec_report",)
+
+NewMachine = Callable[..., Machine]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --real."""
+    parser.addoption("--real", action="store_true", help="also test the real /dev/kvm, as the reference")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what uses `backend` on pykvm, and with --real on the kernel's device."""
+    if "backend" in metafunc.fixturenames:
+        names = ["pykvm", "real"] if metafunc.config.getoption("--real") else ["pykvm"]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Return where the device is."""
+    return Backend(request.param)
+
+
+@pytest.fixture
+def new_machine(backend: Backend) -> Iterator[NewMachine]:
+    """Return a function that makes a VM with one vCPU and memory; it goes with the test."""
+    machines: list[Machine] = []
+
+    def make(**options: object) -> Machine:
+        machines.append(Machine(backend, **options))  # type: ignore[arg-type]
+        return machines[-1]
+
+    yield make
+    for machine in machines:
+        machine.close()
+
+
+@pytest.fixture
+def machine(new_machine: NewMachine) -> Machine:
+    """Return a VM with one vCPU and 64 KiB of memory."""
+    return new_machine()

@@ -2,14 +2,13 @@
 
 ::
 
-    @vm_ioctl("KVM_SET_USER_MEMORY_REGION", In("struct kvm_userspace_memory_region"), cap="KVM_CAP_USER_MEMORY")
-    def set_user_memory_region(vm: Vm, region: CData) -> int:
-        \"\"\"Create, move, re-flag or delete a memory slot.
+    @vm_ioctl("KVM_SET_TSS_ADDR", Value(), cap="KVM_CAP_SET_TSS_ADDR")
+    def set_tss_addr(vm: Vm, address: int) -> int:
+        \"\"\"Store where a processor may keep its real-mode TSS: three pages.
 
         Errors:
-            EINVAL  slot, gpa, size or hva not page-aligned, out of range, or an immutable field changed
-            EEXIST  the new gfn range overlaps another slot
-        Source: api.rst 4.35; kvm_main.c kvm_set_memory_region
+            EINVAL  the pages do not end below 4 GiB
+        Source: api.rst 4.33; x86.c kvm_vm_ioctl_set_tss_addr
         \"\"\"
 
 The name is the one token: the request's number and the capability's value are looked up by it in
@@ -29,7 +28,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from pykvm.abi import CData, ffi, uapi
 from pykvm.abi.errors import KvmError, errno_name
-from pykvm.abi.uaccess import PROCESS, UserMemory, address_of
+from pykvm.abi.uaccess import PROCESS, UserMemory
 
 # What the kernel answers to a request that a descriptor of this kind does not know.
 UNKNOWN_REQUEST = MappingProxyType(
@@ -328,7 +327,9 @@ def lookup(kind: str, request: int) -> Ioctl | None:
 def rows(kind: str | None = None) -> Iterator[Ioctl]:
     """Yield the rows of one kind, or of all in the order of `KINDS`, by number."""
     for each in KINDS if kind is None else (kind,):
-        yield from sorted((row for row in REGISTRY.values() if row.kind == each), key=lambda row: row.request & 0xFFFF)
+        yield from sorted(
+            (row for row in REGISTRY.values() if row.kind == each), key=lambda row: row.request & 0xFFFF
+        )
 
 
 class RegistryError(Exception):
@@ -368,7 +369,9 @@ class _Docs:
 def parse_docstring(name: str, text: str | None) -> _Docs:
     """Take a handler's docstring apart: first line, ``Errors:`` block, ``Source:`` line."""
     lines = [line.strip() for line in (text or "").splitlines()]
-    starts = {key: at for at, line in enumerate(lines) for key in ("Errors:", "Source:") if line.startswith(key)}
+    starts = {
+        key: at for at, line in enumerate(lines) for key in ("Errors:", "Source:") if line.startswith(key)
+    }
     if not lines or starts.keys() != {"Errors:", "Source:"} or starts["Errors:"] > starts["Source:"]:
         msg = f"{name}: the docstring needs a first line, Errors: and Source:"
         raise RegistryError(msg)
@@ -445,10 +448,3 @@ def foreign(name: str, *, why: str) -> None:
     """Declare a request that exists on other architectures only: unknown to every descriptor."""
     _request(name)
     FOREIGN[name] = why
-
-
-__all__ = [
-    "FOREIGN", "KINDS", "REGISTRY", "UNKNOWN_REQUEST", "Array", "ArrayArg", "Form", "Ignored", "In", "InOut", "Ioctl",
-    "NoArg", "Out", "RegistryError", "User", "Value", "address_of", "device_ioctl", "foreign", "ioc_size", "lookup",
-    "not_offered", "parse_docstring", "rows", "system_ioctl", "vcpu_ioctl", "vm_ioctl",
-]  # fmt: skip

@@ -6,7 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define BIT(signal) (1ull << ((signal)-1))
+#define BIT(signal) (1ull << ((signal) - 1))
 
 /* The kernel's calls and not libc's, whose sigset_t is 128 bytes and whose wrappers hide two. */
 static const uint64_t never_blocked = BIT(SIGSEGV) | BIT(SIGBUS) | BIT(SIGFPE) | BIT(SIGILL) |

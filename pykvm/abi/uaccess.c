@@ -132,10 +132,7 @@ int file_create(struct memory_file *file, const char *name, uint64_t size, int c
     return -1;
 }
 
-void file_unmap(void *memory, uint64_t size)
-{
-    munmap(memory, size);
-}
+void file_unmap(void *memory, uint64_t size) { munmap(memory, size); }
 
 /* A client that closes every descriptor it does not know closes the queue too, and may get its number
  * for something else: that must not be read from. */
@@ -145,7 +142,8 @@ static int is_queue(int fd)
     char path[32], target[sizeof kind];
 
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    return readlink(path, target, sizeof target) == sizeof kind - 1 && !memcmp(target, kind, sizeof kind - 1);
+    return readlink(path, target, sizeof target) == sizeof kind - 1 &&
+           !memcmp(target, kind, sizeof kind - 1);
 }
 
 int file_closed(int queue, int32_t *watches, int max)

@@ -19,10 +19,11 @@ int64_t file_inode(int fd);
 
 /* A file in memory and what is needed to follow it. */
 struct memory_file {
-    int32_t fd;     /* the caller's only descriptor of it */
-    int32_t watch;  /* what file_closed() names it by */
+    int32_t fd;    /* the caller's only descriptor of it */
+    int32_t watch; /* what file_closed() names it by */
     uint64_t inode;
-    void *memory;   /* its `size` bytes, mapped here; does not keep the open file alive.  NULL if none */
+    void *
+        memory; /* its `size` bytes, mapped here; does not keep the open file alive.  NULL if none */
 };
 
 /* An event queue for file_create() and file_closed(); -1 and errno when there cannot be one. */

@@ -49,7 +49,7 @@ class UserMemory:
 class BufferMemory(UserMemory):
     """The process's memory with one buffer in it whose end is known."""
 
-    __slots__ = ("_start", "_end", "_keep", "_writable")
+    __slots__ = ("_end", "_keep", "_start", "_writable")
 
     def __init__(self, buffer: bytearray | memoryview, *, writable: bool) -> None:
         """Take a contiguous buffer; `writable` says if an ioctl may write to it."""
@@ -67,7 +67,9 @@ class BufferMemory(UserMemory):
         # `<=`: what an ioctl takes from right behind its argument is still that argument's tail.
         if self._start <= addr <= self._end and (addr + size > self._end or (write and not self._writable)):
             room = self._end - addr
-            raise KvmError(EFAULT, f"{size} bytes wanted at offset {addr - self._start} of a buffer with {room} left")
+            raise KvmError(
+                EFAULT, f"{size} bytes wanted at offset {addr - self._start} of a buffer with {room} left"
+            )
 
     def read_into(self, to: CData, addr: int, size: int) -> None:
         """As `UserMemory.read_into`, bounded by the buffer."""

@@ -732,11 +732,13 @@ int x_rdseed(struct cpu *cpu, const struct insn *i) { return x_rdrand(cpu, i); }
 
 /* ---- decimal adjustments --------------------------------------------------------------------------------- */
 
-static void set_al_flags(struct cpu *cpu, u8 al, bool cf, bool af)
+/* SF, ZF and PF by the result.  What is undefined is as measured: AAA and AAS set these three by AL
+ * before its upper half is cleared, DAA and DAS set OF as one addition or subtraction would, and
+ * AAD sets CF, AF and OF by its addition. */
+static void set_al_flags(struct cpu *cpu, u8 al, bool cf, bool af, bool of)
 {
-    REG8(cpu, 0) = al;
     cpu->cc_res = SEXT(8, al);
-    cpu->cc_aux = (cf ? CC_CARRIES : 0) | (u64)af << 3;
+    cpu->cc_aux = (u64)cf << 63 | (u64)(cf ^ of) << 62 | (u64)af << 3;
 }
 
 static int decimal_adjust(struct cpu *cpu, const struct insn *i, int sign)
@@ -752,7 +754,8 @@ static int decimal_adjust(struct cpu *cpu, const struct insn *i, int sign)
         al = (u8)(al + sign * 0x60);
         cf = true;
     }
-    set_al_flags(cpu, al, cf, af);
+    REG8(cpu, 0) = al;
+    set_al_flags(cpu, al, cf, af, (sign > 0 ? ~old & al : old & ~al) & 0x80);
     NEXT(cpu, i);
 }
 int x_daa(struct cpu *cpu, const struct insn *i) { return decimal_adjust(cpu, i, 1); }
@@ -761,9 +764,12 @@ int x_das(struct cpu *cpu, const struct insn *i) { return decimal_adjust(cpu, i,
 static int ascii_adjust(struct cpu *cpu, const struct insn *i, int sign)
 {
     bool adjust = (REG8(cpu, 0) & 15) > 9 || get_af(cpu);
+    u8 old = REG8(cpu, 0), al;
     if (adjust)
         REG16(cpu, 0) = (u16)(REG16(cpu, 0) + sign * 0x106);
-    set_al_flags(cpu, REG8(cpu, 0) & 15, adjust, adjust);
+    al = REG8(cpu, 0);
+    REG8(cpu, 0) = al & 15;
+    set_al_flags(cpu, al, adjust, adjust, (sign > 0 ? ~old & al : old & ~al) & 0x80);
     NEXT(cpu, i);
 }
 int x_aaa(struct cpu *cpu, const struct insn *i) { return ascii_adjust(cpu, i, 1); }
@@ -774,15 +780,15 @@ int x_aam(struct cpu *cpu, const struct insn *i)
     u8 base = (u8)i->imm, al = REG8(cpu, 0);
     if (base == 0)
         return fault_de(cpu, i);
-    REG8(cpu, 1) = al / base;
-    set_al_flags(cpu, al % base, false, false);
+    REG16(cpu, 0) = (u16)(al / base << 8 | al % base);
+    set_al_flags(cpu, al % base, false, false, false);
     NEXT(cpu, i);
 }
 int x_aad(struct cpu *cpu, const struct insn *i)
 {
-    u8 al = (u8)(REG8(cpu, 0) + REG8(cpu, 1) * (u8)i->imm);
-    REG8(cpu, 1) = 0;
-    set_al_flags(cpu, al, false, false);
+    u64 a = REG8(cpu, 0), b = (u8)(REG8(cpu, 1) * (u8)i->imm);
+    REG16(cpu, 0) = (u8)(a + b);
+    flags_add(cpu, 8, a, b, a + b);
     NEXT(cpu, i);
 }
 

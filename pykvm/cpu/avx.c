@@ -257,5 +257,4 @@ HANDLER(vzeroall)
     memset(GUEST(cpu).fpu.ymm, 0, nr_registers(cpu) * VREG_SIZE);
     NEXT(cpu, i);
 }
-const struct body b_vzeroupper = {{[K_R] = {NULL, vzeroupper}}};
-const struct body b_vzeroall = {{[K_R] = {NULL, NULL, vzeroall}}};
+const struct body b_vzeroupper = {{[K_R] = {NULL, vzeroupper, vzeroall}}};

@@ -191,7 +191,9 @@ enum form {
     F_G_W, F_G_W_I8,
     F_V_W_DI,                    /* registers, and memory at DS:rDI */
     F_X87,   /* ModRM; imm = the 11 bits of the x87 opcode, as FOP holds them */
-    F_MMX, F_MMX_I8, /* ModRM: the handler takes MMX registers from insn.modrm, others from dst, src */
+    /* ModRM: the handler takes MMX registers from insn.modrm, others from dst and src */
+    F_MMX, F_MMX_I8,
+    F_MMX_DI, /* registers, and memory at DS:rDI */
     F_MAX
 };
 

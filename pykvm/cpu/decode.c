@@ -211,6 +211,10 @@ static const struct form_info {
     [F_G_W] = {W_MODRM, K_RR, K_RM},
     [F_G_W_I8] = {W_MODRM | W_IMM8, K_RR, K_RM},
     [F_V_W_DI] = {W_MODRM | W_REG_ONLY, K_RR, K_RM},
+    [F_X87] = {W_MODRM, K_R, K_M},
+    [F_MMX] = {W_MODRM, K_R, K_M},
+    [F_MMX_I8] = {W_MODRM | W_IMM8, K_RI, K_MI},
+    [F_MMX_DI] = {W_MODRM | W_REG_ONLY, K_R, K_M},
 };
 
 /* ---- the row ------------------------------------------------------------------------------------ */
@@ -494,7 +498,8 @@ static bool decode_operands(struct decoder *d, struct insn *i, unsigned form, u3
         i->base = form == F_XLAT ? RBX : GPR_ZERO;
         set_segment(d, i, CPU_SEG_DS);
         break;
-    case F_V_W_DI:
+    case F_X87: i->imm = (d->opcode & 7u) << 8 | d->modrm; break;
+    case F_V_W_DI: case F_MMX_DI:
         i->base = RDI;
         set_segment(d, i, CPU_SEG_DS);
         break;
@@ -537,6 +542,10 @@ static void choose_handler(const struct decoder *d, const struct op *op, struct 
 {
     if ((flags & O_CPL0) && (d->mode & MODE_CPL3)) {
         i->fn = x_gp0;
+        return;
+    }
+    if (form >= F_X87 && form <= F_MMX_DI && !(d->mode & MODE_FPU)) {
+        i->fn = form == F_X87 ? x_x87_unusable : x_mmx_unusable;
         return;
     }
     i->fn = specialised(d, op, i, form);

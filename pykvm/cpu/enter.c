@@ -81,6 +81,8 @@ void update_mode(struct cpu *cpu)
     if (is_lma(cpu))
         mode |= MODE_LMA;
     mode |= vector_mode(cpu);
+    if (!(GUEST(cpu).cr0 & (X86_CR0_EM | X86_CR0_TS)))
+        mode |= MODE_FPU;
     cpu->mode = mode;
     cpu->ip_mask = code64 ? ~0ull : 0xffffffff;
     cpu->sp_mask = code64 ? ~0ull : mode & MODE_SS32 ? 0xffffffff : 0xffff;
@@ -589,6 +591,7 @@ static void begin(struct cpu *cpu)
 static int finish(struct cpu *cpu)
 {
     mxcsr_leave(cpu);
+    fpu_leave(cpu);
     end_slice(cpu);
     GUEST(cpu).rflags = get_rflags(cpu);
     cpu->block = NULL;

@@ -52,8 +52,8 @@ struct handler {
     struct cpu_seg cs;
     u64 rip;
     unsigned cpl;
-    bool inner; /* more privileged than CPL: the stack is switched */
-    bool masks; /* interrupt gate: IF is cleared */
+    bool inner;    /* more privileged than CPL: the stack is switched */
+    bool masks;    /* interrupt gate: IF is cleared */
     unsigned size; /* of a slot of the frame */
     unsigned ist;
 };
@@ -85,8 +85,8 @@ static bool deliver_real(struct cpu *cpu, const struct delivery *d)
     stack_commit(cpu, &s);
     set_segment_real(cpu, CPU_SEG_CS, (u16)(entry >> 16));
     g->rip = (u16)entry;
-    set_rflags(cpu, get_rflags(cpu) &
-                        ~(X86_EFLAGS_IF | X86_EFLAGS_TF | X86_EFLAGS_AC | X86_EFLAGS_RF));
+    set_rflags(cpu,
+               get_rflags(cpu) & ~(X86_EFLAGS_IF | X86_EFLAGS_TF | X86_EFLAGS_AC | X86_EFLAGS_RF));
     return true;
 }
 
@@ -158,7 +158,8 @@ static void enter_handler(struct cpu *cpu, const struct handler *h, const struct
     set_rflags(cpu, get_rflags(cpu) & ~clear);
 }
 
-static bool deliver_legacy_gate(struct cpu *cpu, const struct delivery *d, struct handler *h, u16 sel)
+static bool deliver_legacy_gate(struct cpu *cpu, const struct delivery *d, struct handler *h,
+                                u16 sel)
 {
     struct stack s;
 
@@ -232,7 +233,9 @@ static bool deliver_idt(struct cpu *cpu, const struct delivery *d)
     struct handler h = {
         .rip = (gate[0] & 0xffff) | (wide ? gate[0] >> 32 & 0xffff0000 : 0) | gate[1] << 32,
         .masks = type == DESC_INTR_GATE || type == DESC_INTR_GATE16,
-        .size = lma ? 8 : wide ? 4 : 2,
+        .size = lma    ? 8
+                : wide ? 4
+                       : 2,
         .ist = lma ? gate[0] >> 32 & 7 : 0,
     };
     return lma ? deliver_long_gate(cpu, d, &h, sel) : deliver_legacy_gate(cpu, d, &h, sel);

@@ -227,6 +227,7 @@ static void on_memory_fault(int sig, siginfo_t *info, void *context)
         if (cpu) {
             cpu->insn = cpu->block ? find_insn(cpu->block, context) : NULL;
             cpu->fault_mxcsr = ((ucontext_t *)context)->uc_mcontext.fpregs->mxcsr;
+            fpu_rescue(cpu, ((ucontext_t *)context)->uc_mcontext.fpregs);
             siglongjmp(cpu->guard, 1);
         }
     }

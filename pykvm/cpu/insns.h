@@ -98,9 +98,17 @@
     X(lfence) X(mfence) X(sfence) X(clflush) X(clflushopt) X(clwb) X(serialize)                    \
     X(nop) X(prefetch)
 
+#define FPU_INSNS(X)                                                                               \
+    X(x87) X(fcmov) X(fcomi)         /* registers, by the stub of insn.imm */                       \
+    X(x87_ld16) X(x87_ld32) X(x87_ld64) X(x87_ld80) /* a memory source, the same */                \
+    X(x87_st16) X(x87_st32) X(x87_st64) X(x87_st80)                                                \
+    X(fnop87) X(fwait) X(fldcw) X(fnstcw) X(fnstsw) X(fnstsw_ax) X(fnclex) X(fninit)               \
+    X(fnstenv) X(fldenv) X(fnsave) X(frstor) X(x87_unusable) X(mmx_unusable)                       \
+    X(fxsave) X(fxrstor) X(xsave) X(xsaveopt) X(xsavec) X(xsaves) X(xrstor) X(xrstors)
+
 #define INSNS(X)                                                                                   \
     ALU_INSNS(X) MOV_INSNS(X) STACK_INSNS(X) BRANCH_INSNS(X) STRING_INSNS(X) IO_INSNS(X)           \
-    SEGMENT_INSNS(X) SYSTEM_INSNS(X)
+    SEGMENT_INSNS(X) SYSTEM_INSNS(X) FPU_INSNS(X)
 /* clang-format on */
 
 #define WEAK __attribute__((weak))

@@ -135,7 +135,8 @@ int x_outs(struct cpu *cpu, const struct insn *i)
         return stop(cpu, i);
     string_advance(cpu, i, RSI, 1);
     repeat_done(cpu, i, 1);
-    set_rip(cpu, count == 1 ? next_rip(cpu, i) : insn_rip(cpu, i));
+    /* The last one, too, leaves rip at a REP OUTS: it retires when it finds rcx 0, as in KVM. */
+    set_rip(cpu, is_repeated(i) ? insn_rip(cpu, i) : next_rip(cpu, i));
     EXIT(cpu).io = (struct cpu_exit_io){
         .port = port,
         .size = i->opsize,

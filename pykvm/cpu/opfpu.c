@@ -1,12 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The instruction table's rows for x87 (D8 to DF), MMX and saved state; optable.c and opvec.c
- * refer to them by one line each.
+ * The instruction table's rows for x87 (D8 to DF) and MMX; optable.c and opvec.h refer to them.
  *
  * Source: SDM vol. 2 appendix A.5 (escape opcodes); AMD APM vol. 3 appendix A.1.3 for the
  * aliases, which every processor since the 387 has.
  */
-#include "insns.h"
 #include "opfpu.h"
 
 /* clang-format off */
@@ -19,7 +17,6 @@
 
 #define F1C(bit) FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_##bit)
 #define F1D(bit) FEAT(CPU_CPUID_1_EDX, CPUID_1_EDX_##bit)
-#define FD1(bit) FEAT(CPU_CPUID_D_1_EAX, CPUID_D_1_EAX_##bit)
 
 /* ---- x87 --------------------------------------------------------------------------------------------- */
 
@@ -96,4 +93,43 @@ static const struct op df_reg[8] = {
 #define BY_MOD(n) { BY(O_GROUP, n##_mem), BY(O_GROUP, n##_reg) }
 const struct op x87_map[8][2] = {
     BY_MOD(d8), BY_MOD(d9), BY_MOD(da), BY_MOD(db), BY_MOD(dc), BY_MOD(dd), BY_MOD(de), BY_MOD(df),
+};
+
+/* ---- MMX --------------------------------------------------------------------------------------------- */
+
+#define MMX_ROW(text, id, form, feat) [MMX_##id] = { OPF(text, mmx_##id, form, feat), UD }
+#define MMX1(id) MMX_ROW(#id, id, MMX, F1D(MMX)),
+#define MMX_SSE(id) MMX_ROW(#id, id, MMX, F1D(SSE)),
+#define MMX_SSE2(id) MMX_ROW(#id, id, MMX, F1D(SSE2)),
+#define MMX_SSSE3(id) MMX_ROW(#id, id, MMX, F1C(SSSE3)),
+#define MMX_SHIFT(text) [MMX_##text##_imm] = { BY(O_MOD3, ROWS(UD, OPF(#text, mmx_##text##_imm, MMX_I8, F1D(MMX)))), UD }
+
+const struct op mmx_rows[NR_MMX][2] = {
+    MMX_BINARY_ROWS(MMX1)
+    MMX_LOW_ROWS(MMX1)
+    MMX_SSE_ROWS(MMX_SSE)
+    MMX_SSE2_ROWS(MMX_SSE2)
+    MMX_SSSE3_ROWS(MMX_SSSE3)
+    MMX_SHIFT(psrlw), MMX_SHIFT(psrld), MMX_SHIFT(psrlq), MMX_SHIFT(psraw), MMX_SHIFT(psrad),
+    MMX_SHIFT(psllw), MMX_SHIFT(pslld), MMX_SHIFT(psllq),
+    [MMX_movd] = { BY(O_REXW, ROWS(OPF("movd", mmx_movd, MMX, F1D(MMX)), OPF("movq", mmx_movd, MMX, F1D(MMX)))), UD },
+    [MMX_movd_e] = { BY(O_REXW, ROWS(OPF("movd", mmx_movd_e, MMX, F1D(MMX)), OPF("movq", mmx_movd_e, MMX, F1D(MMX)))), UD },
+    MMX_ROW("movq", movq, MMX, F1D(MMX)),
+    MMX_ROW("movq", movq_e, MMX, F1D(MMX)),
+    MMX_ROW("emms", emms, NONE, F1D(MMX)),
+    MMX_ROW("pshufw", pshufw, MMX_I8, F1D(SSE)),
+    MMX_ROW("pinsrw", pinsrw, MMX_I8, F1D(SSE)),
+    [MMX_pextrw] = { BY(O_MOD3, ROWS(UD, OPF("pextrw", mmx_pextrw, MMX_I8, F1D(SSE)))), UD },
+    [MMX_pmovmskb] = { BY(O_MOD3, ROWS(UD, OPF("pmovmskb", mmx_pmovmskb, MMX, F1D(SSE)))), UD },
+    MMX_ROW("maskmovq", maskmovq, MMX_DI, F1D(SSE)),
+    [MMX_movntq] = { BY(O_MOD3, ROWS(OPF("movntq", mmx_movntq, MMX, F1D(SSE)), UD)), UD },
+    MMX_ROW("palignr", palignr, MMX_I8, F1C(SSSE3)),
+    [MMX_movq2dq] = { BY(O_MOD3, ROWS(UD, OPF("movq2dq", mmx_movq2dq, MMX, F1D(SSE2)))), UD },
+    [MMX_movdq2q] = { BY(O_MOD3, ROWS(UD, OPF("movdq2q", mmx_movdq2q, MMX, F1D(SSE2)))), UD },
+    MMX_ROW("cvtpi2ps", cvtpi2ps, MMX, F1D(SSE)),
+    MMX_ROW("cvtpi2pd", cvtpi2pd, MMX, F1D(SSE2)),
+    MMX_ROW("cvtps2pi", cvtps2pi, MMX, F1D(SSE)),
+    MMX_ROW("cvttps2pi", cvttps2pi, MMX, F1D(SSE)),
+    MMX_ROW("cvtpd2pi", cvtpd2pi, MMX, F1D(SSE2)),
+    MMX_ROW("cvttpd2pi", cvttpd2pi, MMX, F1D(SSE2)),
 };

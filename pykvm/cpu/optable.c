@@ -11,7 +11,8 @@
  */
 #include <stdio.h>
 
-#include "insns.h"
+#include "opfpu.h"
+#include "vector.h"
 
 /* clang-format off */
 
@@ -28,8 +29,6 @@
 #define FLAGS_PLUS(...) __VA_OPT__(| (__VA_ARGS__))
 #define ROWS(...) (const struct op[]){ __VA_ARGS__ }
 #define UD { NULL, NULL, NULL, NULL, 0, 0, 0 }
-#define ONLY_F3(row) BY(O_PREFIX, ROWS(UD, UD, row, UD))
-#define ONLY_NP(row) BY(O_PREFIX, ROWS(row, UD, UD, UD))
 #define UNDEFINED(text) { text, NULL, NULL, NULL, 0, F_NONE, 0 }
 
 /* The CPUID words of ctl.cpuid[] */
@@ -38,6 +37,7 @@
 #define F7B(bit) FEAT(CPU_CPUID_7_EBX, CPUID_7_EBX_##bit)
 #define F7C(bit) FEAT(CPU_CPUID_7_ECX, CPUID_7_ECX_##bit)
 #define F7D(bit) FEAT(CPU_CPUID_7_EDX, CPUID_7_EDX_##bit)
+#define FD1(bit) FEAT(CPU_CPUID_D_1_EAX, CPUID_D_1_EAX_##bit)
 #define F8C(bit) FEAT(CPU_CPUID_8000_0001_ECX, CPUID_80000001_ECX_##bit)
 #define F8D(bit) FEAT(CPU_CPUID_8000_0001_EDX, CPUID_80000001_EDX_##bit)
 
@@ -65,6 +65,11 @@
 #define CCROW(id, cc, f, feat, ...) NAMEDF(#id #cc, id##cc, f, feat, ##__VA_ARGS__)
 
 #define PRIV (O_CPL0 | O_END)
+
+#define ONLY_F3(row) BY(O_PREFIX, ROWS(UD, UD, row, UD))
+#define ONLY_NP(row) BY(O_PREFIX, ROWS(row, UD, UD, UD))
+
+#include "opvec.h" /* row builders and groups of the vector rows */
 
 /* ---- groups --------------------------------------------------------------------------------- */
 
@@ -121,6 +126,9 @@ static const struct op group8[8] = {
 static const struct op group9_mem[8] = {
     [1] = BY(O_REXW, ROWS(NAMEDF("cmpxchg8b", cmpxchg8b, M, F1D(CX8), O_LOCK | O_S32),
                           NAMEDF("cmpxchg16b", cmpxchg8b, M, F1C(CX16), O_LOCK | O_S32))),
+    [3] = ONLY_NP(OPF(xrstors, M, FD1(XSAVES), O_END)),
+    [4] = ONLY_NP(OPF(xsavec, M, FD1(XSAVEC))),
+    [5] = ONLY_NP(OPF(xsaves, M, FD1(XSAVES))),
 };
 static const struct op group9_reg[8] = {
     [6] = BY(O_PREFIX, ROWS(OPF(rdrand, E, F1C(RDRAND)), OPF(rdrand, E, F1C(RDRAND)), UD, UD)),
@@ -131,7 +139,11 @@ static const struct op group9[2] = { BY(O_GROUP, group9_mem), BY(O_GROUP, group9
 static const struct op group11[8] = { OP(mov, E_I) };
 
 static const struct op group15_mem[8] = {
-    [6] = BY(O_PREFIX, ROWS(UD, OPF(clwb, M, F7B(CLWB), O_BYTE), UD, UD)),
+    [0] = ONLY_NP(OPF(fxsave, M, F1D(FXSR))), [1] = ONLY_NP(OPF(fxrstor, M, F1D(FXSR), O_END)),
+    [4] = ONLY_NP(OPF(xsave, M, F1C(XSAVE))), [5] = ONLY_NP(OPF(xrstor, M, F1C(XSAVE), O_END)),
+    [2] = ONLY_NP(V(ldmxcsr, M, SSE, O_END)),
+    [3] = ONLY_NP(V(stmxcsr, M, SSE)),
+    [6] = BY(O_PREFIX, ROWS(OPF(xsaveopt, M, FD1(XSAVEOPT)), OPF(clwb, M, F7B(CLWB), O_BYTE), UD, UD)),
     [7] = BY(O_PREFIX, ROWS(OPF(clflush, M, F1D(CLFLUSH), O_BYTE),
                             OPF(clflushopt, M, F7B(CLFLUSHOPT), O_BYTE), UD, UD)),
 };
@@ -205,6 +217,7 @@ const struct op opcode_map[NR_MAPS][256] = {
     [0x98] = OP(cbw, NONE),
     [0x99] = OP(cwd, NONE),
     [0x9a] = NAMED("call", call_far, FAR, O_I64 | O_END),
+    [0x9b] = OP(fwait, NONE),
     [0x9c] = OP(pushf, NONE, O_D64),
     [0x9d] = OP(popf, NONE, O_D64 | O_END),
     [0x9e] = BY(O_CODE, ROWS(OP(sahf, NONE), OPF(sahf, NONE, F8C(LAHF_LM)))),
@@ -241,6 +254,9 @@ const struct op opcode_map[NR_MAPS][256] = {
     [0xd5] = OP(aad, I8, O_I64),
     [0xd6] = OP(salc, NONE, O_I64),
     [0xd7] = OP(xlat, XLAT, O_BYTE),
+
+    [0xd8] = X87_ROW(0), [0xd9] = X87_ROW(1), [0xda] = X87_ROW(2), [0xdb] = X87_ROW(3),
+    [0xdc] = X87_ROW(4), [0xdd] = X87_ROW(5), [0xde] = X87_ROW(6), [0xdf] = X87_ROW(7),
 
     [0xe0] = OP(loopne, J8, O_F64 | O_END), [0xe1] = OP(loope, J8, O_F64 | O_END),
     [0xe2] = OP(loop, J8, O_F64 | O_END), [0xe3] = OP(jcxz, J8, O_F64 | O_END),
@@ -319,6 +335,9 @@ const struct op opcode_map[NR_MAPS][256] = {
     [0xc7] = BY(O_MOD3, group9),
     TIMES8(0xc8, OP(bswap, Z)),
     [0xff] = { "ud0", NULL, NULL, NULL, 0, F_MODRM, 0 },
+#define OPVEC_MAP 0x0f
+#include "opvec.h"
+#undef OPVEC_MAP
 },
 
 [MAP_0F38] = {
@@ -340,10 +359,16 @@ const struct op opcode_map[NR_MAPS][256] = {
                                OPF(shlx, G_E_V, F7B(BMI2), O_VEX | O_S32),
                                OPF(sarx, G_E_V, F7B(BMI2), O_VEX | O_S32),
                                OPF(shrx, G_E_V, F7B(BMI2), O_VEX | O_S32))),
+#define OPVEC_MAP 0x0f38
+#include "opvec.h"
+#undef OPVEC_MAP
 },
 
 [MAP_0F3A] = {
     [0xf0] = BY(O_PREFIX, ROWS(UD, UD, UD, OPF(rorx, G_E_I8, F7B(BMI2), O_VEX | O_S32))),
+#define OPVEC_MAP 0x0f3a
+#include "opvec.h"
+#undef OPVEC_MAP
 },
 
 };
@@ -359,7 +384,11 @@ static const char *const form_text[F_MAX] = {
     [F_O_A] = "O,A", [F_A_I8PORT] = "Ib", [F_A_DX] = "DX", [F_FAR] = "far", [F_E_S] = "E,S",
     [F_S_E] = "S,E", [F_C] = "control", [F_STR] = "string", [F_XLAT] = "", [F_MODRM] = "ModRM",
     [F_MODRM_I8] = "ModRM,Ib", [F_S] = "S", [F_G_V_E] = "G,V,E", [F_G_E_V] = "G,E,V",
-    [F_V_E] = "V,E",
+    [F_V_E] = "V,E", [F_X87] = "ModRM", [F_MMX] = "ModRM", [F_MMX_I8] = "ModRM,Ib", [F_MMX_DI] = "ModRM",
+    [F_V_W] = "V,W", [F_V_W_I8] = "V,W,Ib", [F_V_H_W] = "V,H,W", [F_V_H_W_I8] = "V,H,W,Ib",
+    [F_W_V] = "W,V", [F_W_H_V] = "W,H,V", [F_W_V_I8] = "W,V,Ib", [F_H_W_I8] = "H,W,Ib",
+    [F_V_X] = "V,E", [F_V_H_X] = "V,H,E", [F_V_H_X_I8] = "V,H,E,Ib", [F_X_V] = "E,V",
+    [F_X_V_I8] = "E,V,Ib", [F_G_W] = "G,W", [F_G_W_I8] = "G,W,Ib", [F_V_W_DI] = "V,W",
 };
 /* clang-format on */
 

@@ -9,14 +9,15 @@
  */
 #ifndef OPVEC_MAP
 
+#include "opfpu.h"
+
 #define VFLAGS (O_SSE | O_S32 | O_L256)
 #define VROW(text, id, f, feat, ...) { text, &b_##id, NULL, NULL, VFLAGS FLAGS_PLUS(__VA_ARGS__), F_##f, feat }
 #define V(id, f, feat, ...) VROW(#id, id, f, feat, ##__VA_ARGS__)
 #define FP(id, f, feat) VROW(#id, id, f, feat, O_FLOAT)
 #define I(id, f, feat) VROW(#id, id, f, feat, O_AVX2)
-#define P4(none, p66, f3, f2) BY(O_PREFIX, ROWS(none, p66, f3, f2))
-#define P66(row) P4(UD, row, UD, UD)
-#define MEM(row) BY(O_MOD3, ROWS(row, UD))
+#define P4(...) BY(O_PREFIX, ROWS(__VA_ARGS__))
+#define P66(row) BY(O_PREFIX, ROWS(UD, row, UD, UD))
 #define MEM_REG(mem, reg) BY(O_MOD3, ROWS(mem, reg))
 #define W01(w0, w1) BY(O_REXW, ROWS(w0, w1))
 
@@ -40,10 +41,6 @@
 /* an MMX row and its XMM one */
 #define INT(id) P4(MMX(id), I(id, V_H_W, SSE2), UD, UD)
 #define INT_SSSE3(id) P4(MMX(id), I(id, V_H_W, SSSE3), UD, UD)
-/* The unprefixed column of these is MMX: handlers b_mmx_<name>, x_mmx_<name>. */
-#ifndef MMX
-#define MMX(id) UD
-#endif
 
 static const struct op group12[8] = {
     UD, UD, P4(MMX(psrlw_imm), VROW("psrlw", psrlw_imm, H_W_I8, SSE2, O_AVX2), UD, UD),
@@ -113,7 +110,7 @@ static const struct op group14[8] = {
     [0x70] = P4(MMX(pshufw), I(pshufd, V_W_I8, SSE2), I(pshufhw, V_W_I8, SSE2), I(pshuflw, V_W_I8, SSE2)),
     [0x71] = BY(O_GROUP, group12), [0x72] = BY(O_GROUP, group13), [0x73] = BY(O_GROUP, group14),
     [0x74] = INT(pcmpeqb), [0x75] = INT(pcmpeqw), [0x76] = INT(pcmpeqd),
-    [0x77] = P4(BY(O_ENC, ROWS(MMX(emms), BY(O_VEXL, ROWS(V(vzeroupper, NONE, AVX), V(vzeroall, NONE, AVX))))),
+    [0x77] = P4(BY(O_ENC, ROWS(MMX(emms), V(vzeroupper, NONE, AVX))),
                 UD, UD, UD),
     [0x7c] = P4(UD, FP(haddpd, V_H_W, SSE3), UD, FP(haddps, V_H_W, SSE3)),
     [0x7d] = P4(UD, FP(hsubpd, V_H_W, SSE3), UD, FP(hsubps, V_H_W, SSE3)),

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Segmentation: addresses in segments, loading segment registers, far transfers, call gates,
- * IRET, task switches, descriptor-table registers, and the fast system calls that load flat
- * segments.  SDM vol. 3 chapters 3, 5, 7 and 21; vol. 2 by instruction.
+ * IRET, descriptor-table registers, and the fast system calls that load flat segments.
+ * SDM vol. 3 chapters 3, 5 and 21; vol. 2 by instruction.
  */
 #include "insns.h"
 #include "segment.h"
@@ -110,8 +110,7 @@ bool desc_fetch_system(struct cpu *cpu, u16 sel, unsigned vector, struct desc *d
     return (in_table && !(d->raw_hi >> 40 & 0x1f)) || raise_selector(cpu, vector, sel);
 }
 
-/* Sets or clears bits of the type in memory, atomically where it is plain memory. */
-static bool desc_change_type(struct cpu *cpu, const struct desc *d, u8 set, u8 clear)
+bool desc_change_type(struct cpu *cpu, const struct desc *d, u8 set, u8 clear)
 {
     u8_mem *p = rmw_slow(cpu, table_linear(cpu, d->la + 5), 1, ACC_WRITE | ACC_SYSTEM);
 
@@ -147,12 +146,6 @@ struct cpu_seg desc_segment(const struct desc *d, u16 sel, unsigned rpl)
 void set_segment_null(struct cpu *cpu, unsigned seg, u16 sel)
 {
     SEG(cpu, seg) = (struct cpu_seg){.selector = sel, .ar = CPU_AR_UNUSABLE};
-}
-
-/* SS without a descriptor: 64-bit mode keeps CPL in its DPL. */
-static struct cpu_seg null_stack_segment(u16 sel, unsigned cpl)
-{
-    return (struct cpu_seg){.selector = sel, .ar = CPU_AR_UNUSABLE | cpl << CPU_AR_DPL_SHIFT};
 }
 
 void set_segment_real(struct cpu *cpu, unsigned seg, u16 sel)
@@ -203,8 +196,7 @@ static bool load_null(struct cpu *cpu, unsigned seg, u16 sel)
     return true;
 }
 
-/* With the vector of the faults that are #GP, or #TS in a task switch. */
-static bool load_checked(struct cpu *cpu, unsigned seg, u16 sel, unsigned cpl, unsigned vector)
+bool load_data_segment(struct cpu *cpu, unsigned seg, u16 sel, unsigned cpl, unsigned vector)
 {
     struct desc d;
 
@@ -227,7 +219,7 @@ bool load_segment(struct cpu *cpu, unsigned seg, u16 sel)
     }
     if (sel_is_null(sel))
         return load_null(cpu, seg, sel);
-    return load_checked(cpu, seg, sel, cpu->cpl, GP_VECTOR);
+    return load_data_segment(cpu, seg, sel, cpu->cpl, GP_VECTOR);
 }
 
 /* After a return to an outer level: what the new level may not use is not kept. */
@@ -252,11 +244,6 @@ void stack_current(struct cpu *cpu, struct stack *s, bool wide)
 }
 
 static u64 stack_mask(const struct cpu_seg *ss) { return ss->ar & CPU_AR_DB ? 0xffffffff : 0xffff; }
-
-static bool tss_is_16bit(const struct cpu_seg *tr)
-{
-    return (tr->ar & CPU_AR_TYPE & ~2u) == DESC_TSS16_AVAILABLE;
-}
 
 bool stack_from_tss(struct cpu *cpu, unsigned cpl, struct stack *s)
 {
@@ -393,8 +380,8 @@ static bool far_code_segment(struct cpu *cpu, u16 sel, const struct desc *d)
     return d->ar & CPU_AR_P || raise_selector(cpu, NP_VECTOR, sel);
 }
 
-static int far_direct(struct cpu *cpu, const struct insn *i, u16 sel, const struct desc *d, u64 offset,
-                      bool call)
+static int far_direct(struct cpu *cpu, const struct insn *i, u16 sel, const struct desc *d,
+                      u64 offset, bool call)
 {
     struct cpu_seg cs = desc_segment(d, sel, cpu->cpl);
     u64 rsp = GPR(cpu, RSP);
@@ -425,8 +412,8 @@ static int far_task(struct cpu *cpu, const struct insn *i, u16 sel, const struct
 
     if (!check_gate_privilege(cpu, sel, d))
         return stop(cpu, i);
-    return task_switched(cpu, i, task_switch(cpu, tss, call ? TASK_CALL : TASK_JMP, false, 0,
-                                             next_rip(cpu, i)));
+    return task_switched(
+        cpu, i, task_switch(cpu, tss, call ? TASK_CALL : TASK_JMP, false, 0, next_rip(cpu, i)));
 }
 
 /* Parameters of a call through a gate, from the old stack to the new, first pushed first. */
@@ -440,7 +427,8 @@ static bool copy_parameters(struct cpu *cpu, struct stack *s, unsigned count, un
     return true;
 }
 
-static int far_gate(struct cpu *cpu, const struct insn *i, u16 sel, const struct desc *short_gate, bool call)
+static int far_gate(struct cpu *cpu, const struct insn *i, u16 sel, const struct desc *short_gate,
+                    bool call)
 {
     struct desc gate = *short_gate, d;
     struct stack s;
@@ -453,7 +441,8 @@ static int far_gate(struct cpu *cpu, const struct insn *i, u16 sel, const struct
         return stop(cpu, i);
 
     u16 cs_sel = (u16)(gate.raw >> 16);
-    u64 rip = (gate.raw & 0xffff) | (size == 2 ? 0 : gate.raw >> 32 & 0xffff0000) | gate.raw_hi << 32;
+    u64 rip =
+        (gate.raw & 0xffff) | (size == 2 ? 0 : gate.raw >> 32 & 0xffff0000) | gate.raw_hi << 32;
     if (sel_is_null(cs_sel))
         return fault_gp(cpu, i, 0);
     if (!desc_fetch(cpu, cs_sel, GP_VECTOR, &d))
@@ -577,8 +566,8 @@ static bool return_code_segment(struct cpu *cpu, u16 sel, struct far_return *r)
         return false;
     unsigned dpl = ar_dpl(d->ar), rpl = sel_rpl(sel);
     bool both = (d->ar & (CPU_AR_L | CPU_AR_DB)) == (CPU_AR_L | CPU_AR_DB);
-    if (!ar_is_code(d->ar) || rpl < cpu->cpl || (ar_is_conforming(d->ar) ? dpl > rpl : dpl != rpl) ||
-        (is_lma(cpu) && both))
+    if (!ar_is_code(d->ar) || rpl < cpu->cpl ||
+        (ar_is_conforming(d->ar) ? dpl > rpl : dpl != rpl) || (is_lma(cpu) && both))
         return raise_selector(cpu, GP_VECTOR, sel);
     if (!(d->ar & CPU_AR_P))
         return raise_selector(cpu, NP_VECTOR, sel);
@@ -795,265 +784,6 @@ int x_iret(struct cpu *cpu, const struct insn *i)
     return iret_done(cpu, flags, r.rip);
 }
 
-/* ---- task switch --------------------------------------------------------------------------------------------- */
-
-/* The dynamic fields of either TSS, in one form. */
-struct task_state {
-    u32 cr3, eip, eflags;
-    u32 gpr[8];
-    u16 seg[6]; /* ES CS SS DS FS GS */
-    u16 ldt;
-    bool trap;
-};
-
-struct tss16 {
-    u16 link, stacks[6], ip, flags, gpr[8], seg[4], ldt;
-} __attribute__((packed));
-
-struct tss32 {
-    u32 link, stacks[6], cr3, eip, eflags, gpr[8], seg[6], ldt;
-    u16 trap, iomap;
-} __attribute__((packed));
-
-#define TSS16_SAVED_FROM offsetof(struct tss16, ip)
-#define TSS16_SAVED_TO offsetof(struct tss16, ldt)
-#define TSS32_SAVED_FROM offsetof(struct tss32, eip)
-#define TSS32_SAVED_TO offsetof(struct tss32, ldt)
-
-static u64 tss_linear(const struct cpu_seg *tss, size_t offset) { return (u32)(tss->base + offset); }
-
-static bool read_task(struct cpu *cpu, const struct cpu_seg *tss, struct task_state *t)
-{
-    if (tss_is_16bit(tss)) {
-        struct tss16 m;
-        if (!system_read(cpu, tss_linear(tss, 0), &m, sizeof(m)))
-            return false;
-        /* High halves of the registers are undefined in the SDM; processors set them. */
-        *t = (struct task_state){.eip = m.ip, .eflags = m.flags, .ldt = m.ldt};
-        for (unsigned k = 0; k < 8; k++)
-            t->gpr[k] = 0xffff0000u | m.gpr[k];
-        for (unsigned k = 0; k < 4; k++)
-            t->seg[k] = m.seg[k];
-        return true;
-    }
-    struct tss32 m;
-    if (!system_read(cpu, tss_linear(tss, 0), &m, sizeof(m)))
-        return false;
-    *t = (struct task_state){
-        .cr3 = m.cr3, .eip = m.eip, .eflags = m.eflags, .ldt = (u16)m.ldt, .trap = m.trap & 1};
-    for (unsigned k = 0; k < 8; k++)
-        t->gpr[k] = m.gpr[k];
-    for (unsigned k = 0; k < 6; k++)
-        t->seg[k] = (u16)m.seg[k];
-    return true;
-}
-
-/* The fields saved are contiguous in both formats: from EIP up to GS. */
-static bool write_task(struct cpu *cpu, const struct cpu_seg *tss, u64 rip, u64 flags)
-{
-    const struct cpu_guest *g = &GUEST(cpu);
-
-    if (tss_is_16bit(tss)) {
-        struct tss16 m = {.ip = (u16)rip, .flags = (u16)flags};
-        for (unsigned k = 0; k < 8; k++)
-            m.gpr[k] = (u16)g->gpr[k];
-        for (unsigned k = 0; k < 4; k++)
-            m.seg[k] = g->seg[k].selector;
-        return mem_write(cpu, tss_linear(tss, TSS16_SAVED_FROM), (u8 *)&m + TSS16_SAVED_FROM,
-                         TSS16_SAVED_TO - TSS16_SAVED_FROM, ACC_WRITE | ACC_SYSTEM);
-    }
-    struct tss32 m = {.eip = (u32)rip, .eflags = (u32)flags};
-    for (unsigned k = 0; k < 8; k++)
-        m.gpr[k] = (u32)g->gpr[k];
-    for (unsigned k = 0; k < 6; k++)
-        m.seg[k] = g->seg[k].selector;
-    return mem_write(cpu, tss_linear(tss, TSS32_SAVED_FROM), (u8 *)&m + TSS32_SAVED_FROM,
-                     TSS32_SAVED_TO - TSS32_SAVED_FROM, ACC_WRITE | ACC_SYSTEM);
-}
-
-/* LDTR of the new task: every fault is #TS. */
-static bool load_task_ldt(struct cpu *cpu, u16 sel)
-{
-    struct desc d;
-
-    set_segment_null(cpu, CPU_SEG_LDTR, sel);
-    if (sel_is_null(sel))
-        return true;
-    if (sel & SELECTOR_TI_MASK)
-        return raise_selector(cpu, TS_VECTOR, sel);
-    if (!desc_fetch(cpu, sel, TS_VECTOR, &d))
-        return false;
-    if (ar_system_type(d.ar) != DESC_LDT || !(d.ar & CPU_AR_P))
-        return raise_selector(cpu, TS_VECTOR, sel);
-    SEG(cpu, CPU_SEG_LDTR) = desc_segment(&d, sel, sel_rpl(sel));
-    return true;
-}
-
-static bool load_task_cs(struct cpu *cpu, u16 sel)
-{
-    struct desc d;
-
-    if (sel_is_null(sel))
-        return raise_ts(cpu, 0);
-    if (!desc_fetch(cpu, sel, TS_VECTOR, &d))
-        return false;
-    unsigned dpl = ar_dpl(d.ar), rpl = sel_rpl(sel);
-    if (!ar_is_code(d.ar) || (ar_is_conforming(d.ar) ? dpl > rpl : dpl != rpl))
-        return raise_selector(cpu, TS_VECTOR, sel);
-    if (!(d.ar & CPU_AR_P))
-        return raise_selector(cpu, NP_VECTOR, sel);
-    if (!desc_mark_accessed(cpu, &d))
-        return false;
-    SEG(cpu, CPU_SEG_CS) = desc_segment(&d, sel, rpl);
-    return true;
-}
-
-static bool load_task_data(struct cpu *cpu, unsigned seg, u16 sel, unsigned cpl)
-{
-    if (!sel_is_null(sel))
-        return load_checked(cpu, seg, sel, cpl, TS_VECTOR);
-    return seg != CPU_SEG_SS || raise_ts(cpu, 0);
-}
-
-/* The registers are the new task's; now its descriptors, each able to fault in the new task. */
-static bool load_task_segments(struct cpu *cpu, const struct task_state *t)
-{
-    static const u8 data[] = {CPU_SEG_DS, CPU_SEG_ES, CPU_SEG_FS, CPU_SEG_GS};
-    unsigned cpl = sel_rpl(t->seg[CPU_SEG_CS]);
-
-    if (!load_task_ldt(cpu, t->ldt))
-        return false;
-    if (is_vm86(cpu)) {
-        for (unsigned seg = CPU_SEG_ES; seg <= CPU_SEG_GS; seg++)
-            set_segment_real(cpu, seg, t->seg[seg]);
-        return true;
-    }
-    if (!load_task_cs(cpu, t->seg[CPU_SEG_CS]) ||
-        !load_task_data(cpu, CPU_SEG_SS, t->seg[CPU_SEG_SS], cpl))
-        return false;
-    for (unsigned k = 0; k < 4; k++)
-        if (!load_task_data(cpu, data[k], t->seg[data[k]], cpl))
-            return false;
-    return true;
-}
-
-/* Selectors are visible, and unusable, until their descriptors are loaded; CPL is already new. */
-static void load_task_registers(struct cpu *cpu, const struct task_state *t)
-{
-    struct cpu_guest *g = &GUEST(cpu);
-    unsigned cpl = t->eflags & X86_EFLAGS_VM ? 3 : sel_rpl(t->seg[CPU_SEG_CS]);
-
-    for (unsigned k = 0; k < 8; k++)
-        g->gpr[k] = t->gpr[k];
-    for (unsigned seg = CPU_SEG_ES; seg <= CPU_SEG_GS; seg++)
-        g->seg[seg] = null_stack_segment(t->seg[seg], cpl);
-    set_rflags(cpu, (t->eflags & 0x003f7fd5) | X86_EFLAGS_FIXED);
-    g->rip = t->eip;
-    g->cr0 |= X86_CR0_TS;
-    g->dr7 &= ~0x155ull; /* L0..L3, LE */
-    tlb_breakpoints(cpu);
-    if (t->trap)
-        g->pending_dbg |= DR6_BT;
-}
-
-static bool check_task(struct cpu *cpu, u16 sel, enum task_reason why, struct desc *d)
-{
-    unsigned bad = why == TASK_IRET ? TS_VECTOR : GP_VECTOR;
-    unsigned busy = why == TASK_IRET ? 2 : 0;
-
-    if (sel & SELECTOR_TI_MASK)
-        return raise_selector(cpu, bad, sel);
-    if (!desc_fetch(cpu, sel, bad, d))
-        return false;
-    unsigned type = ar_system_type(d->ar);
-    if (type != (DESC_TSS16_AVAILABLE | busy) && type != (DESC_TSS_AVAILABLE | busy))
-        return raise_selector(cpu, bad, sel);
-    if (!(d->ar & CPU_AR_P))
-        return raise_selector(cpu, NP_VECTOR, sel);
-    bool narrow = (type & ~2u) == DESC_TSS16_AVAILABLE;
-    if (d->limit < (narrow ? sizeof(struct tss16) : sizeof(struct tss32)) - 1)
-        return raise_selector(cpu, TS_VECTOR, sel);
-    return true;
-}
-
-/* An exit in the new task's descriptors: back to before the switch. */
-static void undo_switch(struct cpu *cpu, const struct cpu_guest *before)
-{
-    GUEST(cpu) = *before;
-    set_status(cpu, before->rflags);
-    update_mode(cpu);
-    tlb_breakpoints(cpu);
-    tlb_flush_guest(cpu);
-}
-
-static bool push_task_error(struct cpu *cpu, const struct cpu_seg *tss, u32 error)
-{
-    struct stack s;
-
-    stack_current(cpu, &s, false);
-    if (!stack_push(cpu, &s, tss_is_16bit(tss) ? 2 : 4, error))
-        return false;
-    stack_commit(cpu, &s);
-    return true;
-}
-
-enum task_result task_switch(struct cpu *cpu, u16 sel, enum task_reason why, bool has_error, u32 error,
-                             u64 return_rip)
-{
-    struct cpu_guest *g = &GUEST(cpu);
-    struct cpu_seg old = g->seg[CPU_SEG_TR], new;
-    struct desc new_desc, old_desc;
-    struct task_state t;
-    bool nested = why == TASK_CALL || why == TASK_GATE, in_table;
-    u64 flags = get_rflags(cpu);
-
-    if (!check_task(cpu, sel, why, &new_desc))
-        return TASK_FAILED;
-    new = desc_segment(&new_desc, sel, sel_rpl(sel));
-    if (!desc_read(cpu, old.selector, &old_desc, &in_table) || !read_task(cpu, &new, &t) ||
-        (nested && !mem_probe_write(cpu, tss_linear(&new, 0), 2, ACC_WRITE | ACC_SYSTEM)) ||
-        (why != TASK_IRET && !mem_probe_write(cpu, new_desc.la, 8, ACC_WRITE | ACC_SYSTEM)) ||
-        (!nested && in_table && !mem_probe_write(cpu, old_desc.la, 8, ACC_WRITE | ACC_SYSTEM)))
-        return TASK_FAILED;
-    if (!write_task(cpu, &old, return_rip, why == TASK_IRET ? flags & ~(u64)X86_EFLAGS_NT : flags))
-        return TASK_FAILED;
-
-    g->rflags = flags; /* undo_switch() restores the status flags from here */
-    struct cpu_guest before = *g;
-    if (!nested && in_table && !desc_change_type(cpu, &old_desc, 0, 2))
-        return TASK_FAILED;
-    if (why != TASK_IRET && !desc_change_type(cpu, &new_desc, 2, 0))
-        return TASK_FAILED;
-    if (nested) {
-        if (!mem_write(cpu, tss_linear(&new, 0), &old.selector, 2, ACC_WRITE | ACC_SYSTEM))
-            return TASK_FAILED;
-        t.eflags |= X86_EFLAGS_NT;
-    }
-    new.ar |= 2; /* busy */
-    g->seg[CPU_SEG_TR] = new;
-    load_task_registers(cpu, &t);
-    bool paged = g->cr0 & X86_CR0_PG && !tss_is_16bit(&new);
-    bool ok = !paged || write_cr3(cpu, t.cr3);
-    update_mode(cpu);
-    ok = ok && load_task_segments(cpu, &t);
-    update_mode(cpu);
-    ok = ok && (!has_error || push_task_error(cpu, &new, error)) &&
-         check_rip(cpu, &g->seg[CPU_SEG_CS], g->rip);
-    if (ok)
-        return TASK_DONE;
-    if (cpu->stop == STOP_EXCEPTION)
-        return TASK_FAULT;
-
-    undo_switch(cpu, &before);
-    u32 stop = cpu->stop; /* busy bits are back in plain memory that was just written */
-    if (!nested && in_table)
-        desc_change_type(cpu, &old_desc, 2, 0);
-    if (why != TASK_IRET)
-        desc_change_type(cpu, &new_desc, 0, 2);
-    cpu->stop = stop;
-    return TASK_FAILED;
-}
-
 /* ---- MOV, PUSH, POP of segment registers ------------------------------------------------------------------------ */
 
 /* The instruction is done: block events behind a load of SS, decode anew for the new segment. */
@@ -1195,7 +925,8 @@ int x_sldt(struct cpu *cpu, const struct insn *i) { return store_selector(cpu, i
 int x_str(struct cpu *cpu, const struct insn *i) { return store_selector(cpu, i, CPU_SEG_TR); }
 
 /* The LDT or TSS descriptor LLDT and LTR want: in the GDT, of this type, present. */
-static bool fetch_table_segment(struct cpu *cpu, u16 sel, unsigned type, unsigned type_or, struct desc *d)
+static bool fetch_table_segment(struct cpu *cpu, u16 sel, unsigned type, unsigned type_or,
+                                struct desc *d)
 {
     if (sel & SELECTOR_TI_MASK)
         return raise_selector(cpu, GP_VECTOR, sel);

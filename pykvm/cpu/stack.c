@@ -46,14 +46,15 @@ const struct body b_push = {
     {                                                                                              \
         const u64 old = GPR(cpu, RSP);                                                             \
         u64 rsp = old;                                                                             \
-        u64 v;                                                                                     \
+        u64 v, la;                                                                                 \
         if (!pop##bits(cpu, false, &rsp, &v))                                                      \
             return stop(cpu, i);                                                                   \
         GPR(cpu, RSP) = rsp;                                                                       \
-        if (!store##bits(cpu, i, false, v)) {                                                      \
-            GPR(cpu, RSP) = old;                                                                   \
+        bool found = ea_linear(cpu, i, bits / 8, ACC_WRITE, &la);                                  \
+        GPR(cpu, RSP) = old; /* a host fault in the store must find it so */                       \
+        if (!found || !store_la##bits(cpu, la, ea_access(i), false, v))                            \
             return stop(cpu, i);                                                                   \
-        }                                                                                          \
+        GPR(cpu, RSP) = rsp;                                                                       \
         NEXT(cpu, i);                                                                              \
     }
 FOR_16_UP(POP_BITS, pop)

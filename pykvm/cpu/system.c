@@ -74,7 +74,8 @@ bool write_cr0(struct cpu *cpu, u64 v)
         memcpy(g->pdptr, pdptr, sizeof(pdptr));
     }
     if (changed & X86_CR0_PG)
-        g->efer = v & X86_CR0_PG && g->efer & EFER_LME ? g->efer | EFER_LMA : g->efer & ~(u64)EFER_LMA;
+        g->efer =
+            v & X86_CR0_PG && g->efer & EFER_LME ? g->efer | EFER_LMA : g->efer & ~(u64)EFER_LMA;
     g->cr0 = v;
     if (changed & CR0_TLB_BITS)
         tlb_flush_guest(cpu);
@@ -164,7 +165,8 @@ static bool cr_exits(const struct cpu *cpu, unsigned cr, u64 old)
     case 3: return v->ctl.flags & CPU_EXIT_CR3;
     case 4: return v->ctl.flags & CPU_EXIT_CR0_CR4 && v->guest.cr4 != old;
     default:
-        return v->ctl.flags & CPU_EXIT_CR8_ALL || (v->ctl.flags & CPU_EXIT_CR8 && v->guest.cr8 < old);
+        return v->ctl.flags & CPU_EXIT_CR8_ALL ||
+               (v->ctl.flags & CPU_EXIT_CR8 && v->guest.cr8 < old);
     }
 }
 
@@ -193,11 +195,23 @@ int x_mov_cr_r(struct cpu *cpu, const struct insn *i)
     bool ok;
 
     switch (i->src) {
-    case 0: old = g->cr0; ok = write_cr0(cpu, v); break;
+    case 0:
+        old = g->cr0;
+        ok = write_cr0(cpu, v);
+        break;
     case 2: g->cr2 = v; return done_lookup(cpu, i);
-    case 3: old = g->cr3; ok = write_cr3(cpu, v); break;
-    case 4: old = g->cr4; ok = write_cr4(cpu, v); break;
-    case 8: old = g->cr8; ok = write_cr8(cpu, v); break;
+    case 3:
+        old = g->cr3;
+        ok = write_cr3(cpu, v);
+        break;
+    case 4:
+        old = g->cr4;
+        ok = write_cr4(cpu, v);
+        break;
+    case 8:
+        old = g->cr8;
+        ok = write_cr8(cpu, v);
+        break;
     default: return x_ud(cpu, i);
     }
     return ok ? cr_written(cpu, i, i->src, old) : stop(cpu, i);
@@ -281,7 +295,10 @@ int x_mov_r_dr(struct cpu *cpu, const struct insn *i)
 
     if (dr < 0)
         return stop(cpu, i);
-    reg_write(cpu, i->dst, i->flags & I_CODE64 ? 8 : 4, dr < 4 ? g->dr[dr] : dr == 6 ? g->dr6 : g->dr7);
+    reg_write(cpu, i->dst, i->flags & I_CODE64 ? 8 : 4,
+              dr < 4    ? g->dr[dr]
+              : dr == 6 ? g->dr6
+                        : g->dr7);
     NEXT(cpu, i);
 }
 
@@ -701,7 +718,7 @@ int x_xgetbv(struct cpu *cpu, const struct insn *i)
     if (index == 0)
         set_edx_eax(cpu, g->xcr0);
     else if (index == 1 && has_feature(cpu, CPU_CPUID_D_1_EAX, CPUID_D_1_EAX_XGETBV1))
-        set_edx_eax(cpu, g->xcr0 & g->fpu.xinuse);
+        set_edx_eax(cpu, g->xcr0 & fpu_xinuse(cpu));
     else
         return fault_gp(cpu, i, 0);
     NEXT(cpu, i);

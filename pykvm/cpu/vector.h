@@ -289,6 +289,74 @@ bool mxcsr_load(struct cpu *cpu);
     V_VEX256_BINARY_IMM(name)                                                                      \
     V_VEX(name)
 
+/* ---- what there is ---------------------------------------------------------------------------------- */
+
+/* clang-format off */
+#define SSE_MOVES(X)                                                                               \
+    X(extractps) X(insertps) X(lddqu) X(ldmxcsr) X(maskmovdqu) X(movaps) X(movd) X(movd_e)         \
+    X(movddup) X(movhlps) X(movhps) X(movlhps) X(movlps) X(movmskpd) X(movmskps) X(movntdqa)       \
+    X(movntps) X(movq) X(movsd) X(movshdup) X(movsldup) X(movss) X(movups) X(pextrb) X(pextrd)     \
+    X(pextrw) X(pextrw_g) X(pinsrb) X(pinsrd) X(pinsrw) X(pmovmskb) X(stmxcsr)
+#define SSE_INTEGERS(X)                                                                            \
+    X(andnpd) X(andnps) X(andpd) X(andps) X(blendpd) X(blendps) X(blendvpd) X(blendvps)            \
+    X(mpsadbw) X(orpd) X(orps) X(pabsb) X(pabsd) X(pabsw) X(packssdw) X(packsswb) X(packusdw)      \
+    X(packuswb) X(paddb) X(paddd) X(paddq) X(paddsb) X(paddsw) X(paddusb) X(paddusw) X(paddw)      \
+    X(palignr) X(pand) X(pandn) X(pavgb) X(pavgw) X(pblendvb) X(pblendw) X(pcmpeqb) X(pcmpeqd)     \
+    X(pcmpeqq) X(pcmpeqw) X(pcmpgtb) X(pcmpgtd) X(pcmpgtq) X(pcmpgtw) X(phaddd) X(phaddsw)         \
+    X(phaddw) X(phminposuw) X(phsubd) X(phsubsw) X(phsubw) X(pmaddubsw) X(pmaddwd) X(pmaxsb)       \
+    X(pmaxsd) X(pmaxsw) X(pmaxub) X(pmaxud) X(pmaxuw) X(pminsb) X(pminsd) X(pminsw) X(pminub)      \
+    X(pminud) X(pminuw) X(pmovsxbd) X(pmovsxbq) X(pmovsxbw) X(pmovsxdq) X(pmovsxwd) X(pmovsxwq)    \
+    X(pmovzxbd) X(pmovzxbq) X(pmovzxbw) X(pmovzxdq) X(pmovzxwd) X(pmovzxwq) X(pmuldq)              \
+    X(pmulhrsw) X(pmulhuw) X(pmulhw) X(pmulld) X(pmullw) X(pmuludq) X(por) X(psadbw) X(pshufb)     \
+    X(pshufd) X(pshufhw) X(pshuflw) X(psignb) X(psignd) X(psignw) X(pslld) X(pslld_imm)            \
+    X(pslldq_imm) X(psllq) X(psllq_imm) X(psllw) X(psllw_imm) X(psrad) X(psrad_imm) X(psraw)       \
+    X(psraw_imm) X(psrld) X(psrld_imm) X(psrldq_imm) X(psrlq) X(psrlq_imm) X(psrlw) X(psrlw_imm)   \
+    X(psubb) X(psubd) X(psubq) X(psubsb) X(psubsw) X(psubusb) X(psubusw) X(psubw) X(ptest)         \
+    X(punpckhbw) X(punpckhdq) X(punpckhqdq) X(punpckhwd) X(punpcklbw) X(punpckldq) X(punpcklqdq)   \
+    X(punpcklwd) X(pxor) X(shufpd) X(shufps) X(unpckhpd) X(unpckhps) X(unpcklpd) X(unpcklps)       \
+    X(vblendvpd) X(vblendvps) X(vpblendvb) X(vtestpd) X(vtestps) X(xorpd) X(xorps)
+#define SSE_FLOATS(X)                                                                              \
+    X(addpd) X(addps) X(addsd) X(addss) X(addsubpd) X(addsubps) X(cmppd) X(cmpps) X(cmpsd)         \
+    X(cmpss) X(comisd) X(comiss) X(cvtdq2pd) X(cvtdq2ps) X(cvtpd2dq) X(cvtpd2ps) X(cvtps2dq)       \
+    X(cvtps2pd) X(cvtsd2si) X(cvtsd2ss) X(cvtsi2sd) X(cvtsi2ss) X(cvtss2sd) X(cvtss2si)            \
+    X(cvttpd2dq) X(cvttps2dq) X(cvttsd2si) X(cvttss2si) X(divpd) X(divps) X(divsd) X(divss)        \
+    X(dppd) X(dpps) X(haddpd) X(haddps) X(hsubpd) X(hsubps) X(maxpd) X(maxps) X(maxsd) X(maxss)    \
+    X(minpd) X(minps) X(minsd) X(minss) X(mulpd) X(mulps) X(mulsd) X(mulss) X(rcpps) X(rcpss)      \
+    X(roundpd) X(roundps) X(roundsd) X(roundss) X(rsqrtps) X(rsqrtss) X(sqrtpd) X(sqrtps)          \
+    X(sqrtsd) X(sqrtss) X(subpd) X(subps) X(subsd) X(subss) X(ucomisd) X(ucomiss) X(vcvtph2ps)     \
+    X(vcvtps2ph) X(vfmadd132pd) X(vfmadd132ps) X(vfmadd132sd) X(vfmadd132ss) X(vfmadd213pd)        \
+    X(vfmadd213ps) X(vfmadd213sd) X(vfmadd213ss) X(vfmadd231pd) X(vfmadd231ps) X(vfmadd231sd)      \
+    X(vfmadd231ss) X(vfmaddsub132pd) X(vfmaddsub132ps) X(vfmaddsub213pd) X(vfmaddsub213ps)         \
+    X(vfmaddsub231pd) X(vfmaddsub231ps) X(vfmsub132pd) X(vfmsub132ps) X(vfmsub132sd)               \
+    X(vfmsub132ss) X(vfmsub213pd) X(vfmsub213ps) X(vfmsub213sd) X(vfmsub213ss) X(vfmsub231pd)      \
+    X(vfmsub231ps) X(vfmsub231sd) X(vfmsub231ss) X(vfmsubadd132pd) X(vfmsubadd132ps)               \
+    X(vfmsubadd213pd) X(vfmsubadd213ps) X(vfmsubadd231pd) X(vfmsubadd231ps) X(vfnmadd132pd)        \
+    X(vfnmadd132ps) X(vfnmadd132sd) X(vfnmadd132ss) X(vfnmadd213pd) X(vfnmadd213ps)                \
+    X(vfnmadd213sd) X(vfnmadd213ss) X(vfnmadd231pd) X(vfnmadd231ps) X(vfnmadd231sd)                \
+    X(vfnmadd231ss) X(vfnmsub132pd) X(vfnmsub132ps) X(vfnmsub132sd) X(vfnmsub132ss)                \
+    X(vfnmsub213pd) X(vfnmsub213ps) X(vfnmsub213sd) X(vfnmsub213ss) X(vfnmsub231pd)                \
+    X(vfnmsub231ps) X(vfnmsub231sd) X(vfnmsub231ss)
+#define SSE_STRINGS(X)                                                                             \
+    X(pcmpestri) X(pcmpestrm) X(pcmpistri) X(pcmpistrm)
+#define AES_SHA(X)                                                                                 \
+    X(aesdec) X(aesdeclast) X(aesenc) X(aesenclast) X(aesimc) X(aeskeygenassist) X(pclmulqdq)      \
+    X(sha1msg1) X(sha1msg2) X(sha1nexte) X(sha1rnds4) X(sha256msg1) X(sha256msg2) X(sha256rnds2)
+#define AVX_ONLY(X)                                                                                \
+    X(vbroadcastf128) X(vbroadcastsd) X(vbroadcastss) X(vextractf128) X(vinsertf128)               \
+    X(vmaskmovpd) X(vmaskmovps) X(vpblendd) X(vpbroadcastb) X(vpbroadcastd) X(vpbroadcastq)        \
+    X(vpbroadcastw) X(vperm2f128) X(vperm2i128) X(vpermd) X(vpermilpd) X(vpermilpd_imm)            \
+    X(vpermilps) X(vpermilps_imm) X(vpermpd) X(vpermps) X(vpermq) X(vpgatherdd) X(vpgatherdq)      \
+    X(vpgatherqd) X(vpgatherqq) X(vpsllvd) X(vpsllvq) X(vpsravd) X(vpsrlvd) X(vpsrlvq)             \
+    X(vzeroall) X(vzeroupper)
+/* clang-format on */
+#define DECLARE_VECTOR(name) extern const struct body b_##name;
+SSE_MOVES(DECLARE_VECTOR)
+SSE_INTEGERS(DECLARE_VECTOR)
+SSE_FLOATS(DECLARE_VECTOR)
+SSE_STRINGS(DECLARE_VECTOR)
+AES_SHA(DECLARE_VECTOR)
+AVX_ONLY(DECLARE_VECTOR)
+
 /* ---- the choice of a handler (vector.c) ---------------------------------------------------------- */
 
 /* NULL: no such encoding. kind: K_RR, K_RM, K_MR, or K_R for an instruction without operands. */

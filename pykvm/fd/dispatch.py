@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from errno import EBADF, EIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pykvm import trace
 from pykvm.abi.errors import KvmError, errno_name
 from pykvm.abi.ioctl import REGISTRY, UNKNOWN_REQUEST, Ioctl
 from pykvm.abi.uaccess import PROCESS, UserMemory
 from pykvm.fd import table
-from pykvm.fd.table import File
+
+if TYPE_CHECKING:
+    from pykvm.fd.table import File
 
 # Tests set this: a handler that raises an errno its docstring does not list is a bug then.
 strict_errors = False
@@ -18,7 +20,7 @@ _IMPLIED = frozenset({"EFAULT", "ENOMEM"})
 
 
 def ioctl(fd: int, request: int, arg: int = 0, memory: UserMemory = PROCESS) -> int:
-    """Do what ioctl(2) does on a KVM descriptor.
+    """Do on a KVM descriptor what the system call of that name does.
 
     `request` counts with its low 32 bits: clients pass it through ``int``.  `arg`: unsigned 64 bits,
     a number or an address in `memory`.

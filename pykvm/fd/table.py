@@ -1,9 +1,10 @@
 """The files behind pykvm's descriptors.
 
 Every descriptor is a real one, of a file in memory of its own: mmap, dup, select, CLOEXEC and
-passing it to another thread are the kernel's work.  Which file a descriptor means is told by its inode, so that
-dup() and SCM_RIGHTS need no help.  That the last descriptor *and* the last mapping are gone is told
-by an inotify watch; the queue is looked at (`reap`) when something is opened or not found.
+passing it to another thread are the kernel's work.  Which file a descriptor means is told by its
+inode, so that dup() and SCM_RIGHTS need no help.  That the last descriptor *and* the last mapping
+are gone is told by an inotify watch; the queue is looked at (`reap`) when something is opened or not
+found.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
 from errno import EBADF, ENOTTY
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pykvm.abi import CData, ffi, lib
 from pykvm.abi.errors import KvmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MAX_EVENTS = 256
 
@@ -131,7 +134,7 @@ def anon_inode_getfd(
             install(file)
         _table.watched[made.watch] = file
         _table.files[file.inode] = file
-    return made.fd
+    return int(made.fd)
 
 
 def reap() -> int:

@@ -6,7 +6,12 @@ one removes its name here: the registry refuses a request that is both offered a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pykvm.abi.ioctl import foreign, not_offered
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _IRQCHIP = "interrupt controllers in the kernel come with a later issue"
 _PIT = "the timer in the kernel comes with the interrupt controllers"
@@ -21,7 +26,8 @@ _PMU = "there are no performance counters to emulate"
 _NESTED = "the processor has no virtualization extensions of its own"
 _REMOVED = "removed from Linux"
 
-_ABSENT = {
+# kind of descriptor -> why -> requests
+_ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "system": {
         _HYPERV: ("KVM_GET_SUPPORTED_HV_CPUID",),
         "attributes of the system are those of XFD and SEV": ("KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR"),
@@ -49,13 +55,17 @@ _ABSENT = {
         _MEMORY: ("KVM_SET_USER_MEMORY_REGION2", "KVM_SET_MEMORY_ATTRIBUTES", "KVM_CREATE_GUEST_MEMFD"),
         _COALESCED: ("KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"),
         "the dirty ring comes with a later issue": ("KVM_RESET_DIRTY_RINGS",),
-        "a limit for shadow pages comes with the shadow MMU": ("KVM_SET_NR_MMU_PAGES",),
         "devices come with a later issue": ("KVM_CREATE_DEVICE",),
         "the MSR filter comes with a later issue": ("KVM_X86_SET_MSR_FILTER",),
         _STATS: ("KVM_GET_STATS_FD",),
         _PMU: ("KVM_SET_PMU_EVENT_FILTER",),
         _HYPERV: ("KVM_HYPERV_EVENTFD",),
-        _XEN: ("KVM_XEN_HVM_CONFIG", "KVM_XEN_HVM_GET_ATTR", "KVM_XEN_HVM_SET_ATTR", "KVM_XEN_HVM_EVTCHN_SEND"),
+        _XEN: (
+            "KVM_XEN_HVM_CONFIG",
+            "KVM_XEN_HVM_GET_ATTR",
+            "KVM_XEN_HVM_SET_ATTR",
+            "KVM_XEN_HVM_EVTCHN_SEND",
+        ),
         _ENCRYPTION: (
             "KVM_MEMORY_ENCRYPT_OP",
             "KVM_MEMORY_ENCRYPT_REG_REGION",
@@ -68,7 +78,11 @@ _ABSENT = {
         _STATS: ("KVM_GET_STATS_FD",),
         "system management mode comes with a later issue": ("KVM_SMI",),
         "guest debugging comes with a later issue": ("KVM_SET_GUEST_DEBUG",),
-        "registers by number come with a later issue": ("KVM_GET_ONE_REG", "KVM_SET_ONE_REG", "KVM_GET_REG_LIST"),
+        "registers by number come with a later issue": (
+            "KVM_GET_ONE_REG",
+            "KVM_SET_ONE_REG",
+            "KVM_GET_REG_LIST",
+        ),
         "populating memory beforehand comes with a later issue": ("KVM_PRE_FAULT_MEMORY",),
         _NESTED: ("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE"),
         _HYPERV: ("KVM_GET_SUPPORTED_HV_CPUID",),
@@ -76,7 +90,11 @@ _ABSENT = {
         _ENCRYPTION: ("KVM_MEMORY_ENCRYPT_OP",),
     },
     "device": {
-        "devices come with a later issue": ("KVM_SET_DEVICE_ATTR", "KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR"),
+        "devices come with a later issue": (
+            "KVM_SET_DEVICE_ATTR",
+            "KVM_GET_DEVICE_ATTR",
+            "KVM_HAS_DEVICE_ATTR",
+        ),
     },
 }
 

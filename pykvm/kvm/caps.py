@@ -8,7 +8,6 @@ step.  Others are stated here, or beside the code they are about, with `capabili
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EINVAL
 from typing import TYPE_CHECKING, TypeAlias
@@ -18,6 +17,8 @@ from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import REGISTRY, In, RegistryError, Value, system_ioctl, vcpu_ioctl, vm_ioctl
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pykvm.kvm.system import System
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm

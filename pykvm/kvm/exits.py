@@ -135,7 +135,7 @@ def complete_instruction(vcpu: Vcpu) -> Outcome:
             return RESUME
         outcome = HANDLERS[reason](vcpu)
         # A page that had to be mapped first: the instruction is still to be done.
-        if outcome is USERSPACE or reason not in _RETRIED:
+        if outcome is USERSPACE or reason not in _RETRIED or vcpu.events.exception_pending:
             return outcome
 
 
@@ -330,8 +330,7 @@ def handle_emulation(vcpu: Vcpu) -> Outcome:
     return emulation_failure(vcpu)
 
 
-@on_exit(lib.EXIT_CR_ACCESS)
-def handle_cr_access(vcpu: Vcpu) -> Outcome:
+def tpr_lowered(vcpu: Vcpu) -> Outcome:
     """Tell a client that keeps the local APIC that the guest lowered its TPR."""
     vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_SET_TPR
     return USERSPACE

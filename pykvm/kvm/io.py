@@ -176,9 +176,12 @@ def handle_mmio_write(vcpu: Vcpu) -> Outcome:
     if ex.idt_vectoring.info & _VALID:
         vcpu.events.requeue(vcpu)
         return event_vectoring_error(vcpu, ex.gpa)
-    fragments = vcpu.mmio_fragments
+    fragments, mmu = vcpu.mmio_fragments, vcpu.vm.mmu
     for piece in range(ex.mmio_count):
         gpa, length, data = _CPU_MMIO.unpack_from(memory, _CPU_MMIO_OFFSET + piece * _CPU_MMIO_SIZE)
+        # Shadow paging: a guest page table that is watched, and memory all the same.
+        if mmu.emulated_write(vcpu, gpa, data[:length]):
+            continue
         for at in range(0, length, _FRAGMENT):
             fragments.append((gpa + at, data[at : min(at + _FRAGMENT, length)]))
     return _mmio_write_exit(vcpu)

@@ -315,6 +315,7 @@ def _write_common(vcpu: Vcpu, new: CData) -> None:
     _write_segments(vcpu, memoryview(ffi.buffer(new)))
     vcpu.cpu.state_changed()
     vcpu.cpu.flush_tlb()
+    vcpu.vm.mmu.reset_context(vcpu)
     # Older clients reset a processor so and expect it to run.
     cs = new.cs
     reset_vector = guest.rip == 0xFFF0 and cs.selector == 0xF000 and cs.base == _RESET_CS_BASE

@@ -10,8 +10,9 @@ from pykvm.abi.ioctl import NoArg, Value, system_ioctl
 from pykvm.fd.table import anon_inode_getfd
 from pykvm.kvm.vm import VCPU_MMAP_SIZE, Vm
 
-# Extensions that a client can ask for; without them pykvm answers as upstream x86 does.
-EXTENSIONS = frozenset({"x86-osi"})
+# What a client can ask for; without it pykvm answers as upstream x86 does with its defaults.
+# no-tdp: shadow paging instead of two-dimensional (kvm_intel.ept=0).
+EXTENSIONS = frozenset({"x86-osi", "no-tdp"})
 
 
 class System:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from errno import EBUSY, EEXIST, EINVAL
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,11 @@ from pykvm.kvm import memslots
 from pykvm.kvm.caps import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, Args, capability, check_extension, vm_cap
 from pykvm.kvm.clock import VmClock
 from pykvm.kvm.vcpu import Vcpu
-from pykvm.mmu import TdpMmu
+from pykvm.mmu import new_mmu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pykvm.kvm.system import System
 
 PAGE_SIZE = 4096
@@ -74,7 +75,7 @@ class Vm:
         self.hypercall_exits = 0
         self.clock = VmClock()
         self.memslots = memslots.new_address_spaces(ADDRESS_SPACES)
-        self.mmu = TdpMmu(self)
+        self.mmu = new_mmu(self, tdp="no-tdp" not in system.extensions)
         self._users = 0
         self._users_lock = threading.Lock()
         self._run_memory: dict[int, CData] = {}
@@ -148,7 +149,9 @@ class Vm:
             # x86.c kvm_arch_vcpu_precreate: the first vCPU fixes the limit.
             self.max_vcpu_ids = self.max_vcpu_ids or KVM_MAX_VCPU_IDS
             if vcpu_id >= self.max_vcpu_ids:
-                raise KvmError(EINVAL, f"vCPU id {vcpu_id}: KVM_CAP_MAX_VCPU_ID was set to {self.max_vcpu_ids}")
+                raise KvmError(
+                    EINVAL, f"vCPU id {vcpu_id}: KVM_CAP_MAX_VCPU_ID was set to {self.max_vcpu_ids}"
+                )
             if vcpu_id in self.vcpus:
                 raise KvmError(EEXIST, f"vCPU {vcpu_id} exists")
             return self._new_vcpu(vcpu_id)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from pykvm.mmu.base import MemoryFault, Mmu, RetPf, Stat
 from pykvm.mmu.direct import TdpMmu
-from pykvm.mmu.shadow import ShadowMmu
+from pykvm.mmu.shadow import KVM_MIN_ALLOC_MMU_PAGES, ShadowMmu
 
 if TYPE_CHECKING:
     from pykvm.kvm.vm import Vm
 
-__all__ = ["MemoryFault", "Mmu", "RetPf", "ShadowMmu", "Stat", "TdpMmu", "new_mmu"]
+__all__ = ["KVM_MIN_ALLOC_MMU_PAGES", "MemoryFault", "Mmu", "RetPf", "ShadowMmu", "Stat", "TdpMmu", "new_mmu"]
 
 
-def new_mmu(vm: Vm, *, tdp: bool = True) -> TdpMmu | ShadowMmu:
+def new_mmu(vm: Vm, *, tdp: bool = True) -> Mmu:
     """Return the MMU of a new VM: two-dimensional, or shadow paging with `tdp` off (ept=0)."""
     return TdpMmu(vm) if tdp else ShadowMmu(vm)

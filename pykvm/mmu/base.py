@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.slots import Change, Memslot, Memslots
+    from pykvm.mmu.walk import Fault
 
 
 class RetPf(enum.Enum):
@@ -98,6 +99,32 @@ class Mmu(abc.ABC):
     @abc.abstractmethod
     def load(self, vcpu: Vcpu) -> None:
         """Point the processor at its root and at the slots' generation (kvm_mmu_load)."""
+
+    @abc.abstractmethod
+    def page_fault(self, vcpu: Vcpu, addr: int, error: int, gla: int = 0) -> RetPf | Fault:
+        """Handle a fault of our tables; see `TdpMmu` and `ShadowMmu` for what addr and error are."""
+
+    # ---- what only shadow paging has to follow; the processor does it alone otherwise ----
+
+    def new_cr3(self, vcpu: Vcpu) -> None:
+        """The guest wrote CR3."""
+
+    def reset_context(self, vcpu: Vcpu) -> None:
+        """CR0, CR4 or EFER changed what tables mean."""
+
+    def invlpg(self, vcpu: Vcpu, gla: int) -> None:
+        """The guest invalidated a translation."""
+
+    def load_pdptrs(self, vcpu: Vcpu) -> bool:  # noqa: ARG002
+        """Latch PAE's PDPTEs; False when one is invalid."""
+        return True
+
+    def emulated_write(self, vcpu: Vcpu, gpa: int, data: bytes) -> bool:  # noqa: ARG002
+        """Do a write that exited as MMIO though there is memory; False when there is none."""
+        return False
+
+    def set_limit(self, count: int) -> None:
+        """Keep to so many shadow pages from now on (KVM_SET_NR_MMU_PAGES)."""
 
     @abc.abstractmethod
     def on_memslots_changed(

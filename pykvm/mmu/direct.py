@@ -75,17 +75,17 @@ class TdpMmu(Mmu):
 
     # ---- page faults ----
 
-    def page_fault(self, vcpu: Vcpu, gpa: Gpa, qualification: int, gla: int) -> RetPf:
-        """Handle an EPT violation at `gpa`: map the frame, or say that the access has to be emulated.
+    def page_fault(self, vcpu: Vcpu, addr: int, error: int, gla: int = 0) -> RetPf:
+        """Handle an EPT violation: map the frame, or say that the access has to be emulated.
 
-        `gla`: the linear address, for tracing.
+        addr: gpa; error: the exit's qualification; gla: the linear address, for tracing.
 
         Errors:
             EFAULT  the slot's host memory is not mapped, or not writable for a write (a MemoryFault)
         """
         del gla
         self.stat.pf_taken += 1
-        fault = PageFault(gpa, bool(qualification & lib.CPU_EPT_WRITE), self.memslots(vcpu))
+        fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), self.memslots(vcpu))
         tdp = self.tdp_of(vcpu)
         slot = fault.slots.gfn_to_memslot(fault.gfn)
         if slot is None:

@@ -151,6 +151,8 @@ class ShadowMmu(Mmu):
         self._finish(zapped, flush=True)
         if state.root is not None:
             vcpu.cpu.ctl.eptp, vcpu.cpu.ctl.ept_level = state.root.eptp, state.root.level
+        else:
+            vcpu.loaded_memslots = None
         vcpu.cpu.flush_tlb()
 
     def reset_context(self, vcpu: Vcpu) -> None:
@@ -161,6 +163,7 @@ class ShadowMmu(Mmu):
                 self._put_root(root)
             state.root, state.prev_roots = None, []
             zapped = self.pages.take_zapped()
+        vcpu.loaded_memslots = None
         self._finish(zapped, flush=bool(zapped))
 
     def paging(self, vcpu: Vcpu) -> Paging:
@@ -223,17 +226,20 @@ class ShadowMmu(Mmu):
 
     # ---- page faults ----
 
-    def page_fault(self, vcpu: Vcpu, gla: int, error_code: int) -> RetPf | Fault:
+    def page_fault(self, vcpu: Vcpu, addr: int, error: int, gla: int = 0) -> RetPf | Fault:
         """Handle a fault of the shadow tables: map, emulate, or return what the guest must get.
+
+        addr: linear address; error: error code of the #PF that the shadow tables gave.
 
         Errors:
             EFAULT  the slot's host memory is not there
         """
+        gla = addr
         self.stat.pf_taken += 1
         want = Access(
-            bool(error_code & walk.PF_W),
-            bool(error_code & walk.PF_U),
-            bool(error_code & walk.PF_I),
+            bool(error & walk.PF_W),
+            bool(error & walk.PF_U),
+            bool(error & walk.PF_I),
             bool(vcpu.cpu.guest.rflags & uapi.X86_EFLAGS_AC),
         )
         root = self.state(vcpu).root
@@ -529,8 +535,16 @@ class ShadowMmu(Mmu):
         if page.unsync:
             self._clear_unsync(page)
         page.invalid = True
+        if page.root_count:
+            self._reload_roots()
         self.stat.mmu_shadow_zapped += 1
         self.pages.remove(page, pinned=page.root_count > 0)
+
+    def _reload_roots(self) -> None:
+        """A root has gone: have every vCPU load anew (KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)."""
+        for vcpu in tuple(self._vm.vcpus.values()):
+            vcpu.loaded_memslots = None
+            vcpu.cpu.request(lib.CPU_REQ_KICK)
 
     def _make_pages_available(self) -> None:
         """make_mmu_pages_available(): zap the oldest until a handful are free."""
@@ -682,6 +696,18 @@ class ShadowMmu(Mmu):
             page = self.pages.child(spte)
 
     # ---- writes to guest page tables ----
+
+    def emulated_write(self, vcpu: Vcpu, gpa: int, data: bytes) -> bool:
+        """Write a guest page table for the guest, and bring its shadows up to date."""
+        if not self._vm.write_guest(gpa, data, vcpu.as_id):
+            return False
+        self.track_write(Gpa(gpa), len(data), vcpu.as_id)
+        return True
+
+    def set_limit(self, count: int) -> None:
+        """Zap what is above the limit now, oldest first."""
+        self.n_max_mmu_pages = count
+        self.shrink(len(self.pages) - count)
 
     def track_write(self, gpa: Gpa, size: int, as_id: int) -> None:
         """kvm_mmu_pte_write(): a write that was emulated may have changed a shadowed table."""

@@ -44,8 +44,8 @@ class Diagnosis:
         return not self.problems
 
 
-class _BadElf(ValueError):
-    pass
+class BadElfError(ValueError):
+    """A file that is no ELF file, or a broken one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ class Elf:
         try:
             return cls._parse(data)
         except (struct.error, IndexError) as error:
-            raise _BadElf("the ELF file is damaged") from error
+            raise BadElfError("the ELF file is damaged") from error
 
     @classmethod
     def _parse(cls, data: bytes) -> Elf:
         if data[:4] != b"\x7fELF":
-            raise _BadElf("it is not an ELF file")
+            raise BadElfError("it is not an ELF file")
         if len(data) < _EHDR_SIZE:
-            raise _BadElf("the ELF file is damaged")
+            raise BadElfError("the ELF file is damaged")
         (machine,) = struct.unpack_from("<H", data, 18)
         if data[4] != _ELFCLASS64:
             return cls(machine, 32, None, (), frozenset(), frozenset())
@@ -149,7 +149,7 @@ def examine(program: str) -> Diagnosis:
 def _follow_scripts(path: str) -> tuple[str, list[str]]:
     for _ in range(_MAX_SCRIPTS):
         try:
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 line = file.readline(256)
         except OSError:
             return path, []
@@ -168,7 +168,7 @@ def _follow_scripts(path: str) -> tuple[str, list[str]]:
 
 def _mode_problems(path: str) -> list[str]:
     try:
-        info = os.stat(path)
+        info = Path(path).stat()
         capabilities = "security.capability" in os.listxattr(path)
     except OSError:
         return []
@@ -206,7 +206,9 @@ def _python_findings(elf: Elf, path: str) -> tuple[list[str], list[str]]:
         return [], []
     if versions != {ours}:
         theirs = ", ".join(sorted(versions))
-        return [f"it has a Python {theirs} in it, and pykvm runs on {ours}; use pykvm.installed() instead"], []
+        return [
+            f"it has a Python {theirs} in it, and pykvm runs on {ours}; use pykvm.installed() instead"
+        ], []
     return [], ["it has a Python in it: pykvm will share that; pykvm.installed() is simpler"]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pykvm.kvm.system import EXTENSIONS as KNOWN_EXTENSIONS
 from pykvm.preload.doctor import LIBRARY, examine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 # Variables that the library looks at; it hands them on to children that lose them.
 HOME = "PYKVM_EXEC_HOME"
@@ -19,7 +22,7 @@ EXTENSIONS = "PYKVM_EXEC_EXTENSIONS"
 CANNOT_RUN = 2
 
 
-class CannotRun(Exception):
+class CannotRunError(Exception):
     """The program was not started; the message is one line for the person who asked."""
 
 
@@ -30,9 +33,10 @@ def problems(program: str) -> list[str]:
 
 def environment(extensions: Iterable[str], base: Mapping[str, str]) -> dict[str, str]:
     """Return `base` with what loads the library into a program."""
-    others = [entry for entry in base.get("LD_PRELOAD", "").replace(":", " ").split() if entry != str(LIBRARY)]
+    loaded = base.get("LD_PRELOAD", "").replace(":", " ").split()
+    others = [entry for entry in loaded if entry != str(LIBRARY)]
     package = str(Path(__file__).parents[2])
-    path = dict.fromkeys(os.path.abspath(entry) for entry in [package, *sys.path] if entry)
+    path = dict.fromkeys(str(Path(entry).absolute()) for entry in [package, *sys.path] if entry)
     return {
         **base,
         "LD_PRELOAD": ":".join([str(LIBRARY), *others]),
@@ -53,15 +57,15 @@ def undo_python() -> None:
 
 
 def check(argv: Sequence[str], extensions: Iterable[str]) -> str:
-    """Return the file to execute.  Raises CannotRun when pykvm would not be in it."""
+    """Return the file to execute.  Raises CannotRunError when pykvm would not be in it."""
     if not argv:
-        raise CannotRun("no program given")
+        raise CannotRunError("no program given")
     diagnosis = examine(argv[0])
     if not diagnosis.ok:
-        raise CannotRun(f"cannot run {argv[0]}: {diagnosis.problems[0]}")
+        raise CannotRunError(f"cannot run {argv[0]}: {diagnosis.problems[0]}")
     for name in extensions:
         if name not in KNOWN_EXTENSIONS:
-            raise CannotRun(f"no extension {name}; there is {', '.join(sorted(KNOWN_EXTENSIONS))}")
+            raise CannotRunError(f"no extension {name}; there is {', '.join(sorted(KNOWN_EXTENSIONS))}")
     return diagnosis.path
 
 
@@ -73,8 +77,8 @@ def run(argv: Sequence[str], extensions: Iterable[str] = ()) -> int:
     try:
         path = check(argv, extensions)
         undo_python()
-        os.execve(path, list(argv), environment(extensions, os.environ))
-    except CannotRun as error:
+        os.execve(path, list(argv), environment(extensions, os.environ))  # noqa: S606  becoming it is the point
+    except CannotRunError as error:
         print(f"pykvm: {error}", file=sys.stderr)
     except OSError as error:
         print(f"pykvm: cannot run {argv[0]}: {error.strerror}", file=sys.stderr)

@@ -180,7 +180,8 @@ static bool behind_a_slot(uint64_t start, uint64_t end)
 /* The program is about to change the mapping of [address, address + size): the MMU notifier. */
 static void memory_changes(const void *address, size_t size)
 {
-    uint64_t start = (uintptr_t)address & ~4095ull, end = ((uintptr_t)address + size + 4095) & ~4095ull;
+    uint64_t start = (uintptr_t)address & ~4095ull,
+             end = ((uintptr_t)address + size + 4095) & ~4095ull;
     struct guard guard;
     int error = errno;
 
@@ -422,8 +423,14 @@ EXPORT int __openat64_2(int dir, const char *path, int flags)
     return checked(REAL(__openat64_2)(dir, path, flags), flags);
 }
 
-EXPORT int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
-EXPORT int creat64(const char *path, mode_t mode) { return open64(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+EXPORT int creat(const char *path, mode_t mode)
+{
+    return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode);
+}
+EXPORT int creat64(const char *path, mode_t mode)
+{
+    return open64(path, O_CREAT | O_WRONLY | O_TRUNC, mode);
+}
 
 static FILE *open_stream(const char *mode)
 {
@@ -487,7 +494,8 @@ static int any_ioctl(int fd, unsigned long request, void *arg)
             return result;
     }
     if (is_real_device(fd)) {
-        complain("ioctl", "refused on a descriptor of the real " DEVICE " that the program was started with");
+        complain("ioctl", "refused on a descriptor of the real " DEVICE
+                          " that the program was started with");
         errno = ENODEV;
         return -1;
     }
@@ -518,16 +526,12 @@ EXPORT long syscall(long number, ...)
     va_end(ap);
     if (!inside) {
         switch (number) {
-        case SYS_ioctl:
-            return any_ioctl((int)a[0], (unsigned long)a[1], (void *)a[2]);
-        case SYS_open:
-            return open((const char *)a[0], (int)a[1], (mode_t)a[2]);
-        case SYS_openat:
-            return openat((int)a[0], (const char *)a[1], (int)a[2], (mode_t)a[3]);
+        case SYS_ioctl: return any_ioctl((int)a[0], (unsigned long)a[1], (void *)a[2]);
+        case SYS_open: return open((const char *)a[0], (int)a[1], (mode_t)a[2]);
+        case SYS_openat: return openat((int)a[0], (const char *)a[1], (int)a[2], (mode_t)a[3]);
         case SYS_execve:
             return execve((const char *)a[0], (char *const *)a[1], (char *const *)a[2]);
-        case SYS_munmap:
-            return munmap((void *)a[0], (size_t)a[1]);
+        case SYS_munmap: return munmap((void *)a[0], (size_t)a[1]);
         }
     }
     return REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
@@ -563,7 +567,10 @@ static bool is_no_terminal(int fd)
 
 EXPORT int isatty(int fd) { return is_no_terminal(fd) ? 0 : REAL(isatty)(fd); }
 
-EXPORT int tcgetattr(int fd, struct termios *mode) { return is_no_terminal(fd) ? -1 : REAL(tcgetattr)(fd, mode); }
+EXPORT int tcgetattr(int fd, struct termios *mode)
+{
+    return is_no_terminal(fd) ? -1 : REAL(tcgetattr)(fd, mode);
+}
 
 /* 0, or the errno that mmap() of one of our descriptors fails with. */
 static int mmap_error(int prot, int flags, int fd)
@@ -718,7 +725,8 @@ EXPORT int euidaccess(const char *path, int mode)
 
 EXPORT int faccessat(int dir, const char *path, int mode, int flags)
 {
-    return !inside && names_device(path) ? device_access(mode) : REAL(faccessat)(dir, path, mode, flags);
+    return !inside && names_device(path) ? device_access(mode)
+                                         : REAL(faccessat)(dir, path, mode, flags);
 }
 
 /* ---- children ------------------------------------------------------------------------------------------
@@ -777,7 +785,8 @@ static const char *unfit_file(int fd, int depth)
         return NULL;
     if (!memcmp(head.text, "#!", 2))
         return unfit_script(head.text, (size_t)n, depth);
-    if ((st.st_mode & S_ISUID && st.st_uid != getuid()) || (st.st_mode & S_ISGID && st.st_gid != getgid()))
+    if ((st.st_mode & S_ISUID && st.st_uid != getuid()) ||
+        (st.st_mode & S_ISGID && st.st_gid != getgid()))
         return "is setuid or setgid";
     if (n < (long)sizeof head.elf || memcmp(head.elf.e_ident, ELFMAG, SELFMAG))
         return NULL;
@@ -791,7 +800,8 @@ static const char *unfit(const char *path, int depth)
     const char *why;
 
     if (fd < 0)
-        return errno == EACCES ? "cannot be read, so that nobody knows if it is linked dynamically" : NULL;
+        return errno == EACCES ? "cannot be read, so that nobody knows if it is linked dynamically"
+                               : NULL;
     why = unfit_file(fd, depth);
     syscall(SYS_close, fd);
     return why;
@@ -947,7 +957,7 @@ EXPORT int execveat(int dir, const char *path, char *const argv[], char *const e
     char *argv[size_];                                                                             \
     argv[0] = (char *)(uintptr_t)first;                                                            \
     for (size_t i_ = 1; i_ < size_; i_++)                                                          \
-        argv[i_] = va_arg(ap, char *)
+    argv[i_] = va_arg(ap, char *)
 
 EXPORT int execl(const char *path, const char *arg, ...)
 {
@@ -998,7 +1008,8 @@ EXPORT int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_act
 {
     CHILD_ENVIRONMENT(env, envp);
 
-    return may_run_by_name(file) ? REAL(posix_spawnp)(pid, file, actions, attributes, argv, env) : EACCES;
+    return may_run_by_name(file) ? REAL(posix_spawnp)(pid, file, actions, attributes, argv, env)
+                                 : EACCES;
 }
 
 /* ---- loading ------------------------------------------------------------------------------------------- */

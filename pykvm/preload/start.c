@@ -24,11 +24,15 @@ int pykvm_embed_start(const struct embed_settings *settings, int own_interpreter
 
 static int fail(const char *what, const char *why)
 {
-    fprintf(stderr, "pykvm: cannot start the interpreter: %s%s%s\n", what, why ? ": " : "", why ? why : "");
+    fprintf(stderr, "pykvm: cannot start the interpreter: %s%s%s\n", what, why ? ": " : "",
+            why ? why : "");
     return -1;
 }
 
-static int fail_status(PyStatus status) { return fail("Python", status.err_msg ? status.err_msg : "exit"); }
+static int fail_status(PyStatus status)
+{
+    return fail("Python", status.err_msg ? status.err_msg : "exit");
+}
 
 /* ---- fork: what os.fork() does around the system call ---- */
 
@@ -126,7 +130,8 @@ EXPORT int embed_start(const struct embed_settings *settings, struct embed_api *
 
     if (!settings->home || !settings->path)
         return fail("the library was not loaded by `pykvm exec`", NULL);
-    error = own ? start_interpreter(settings->home, settings->path) : join_interpreter(settings->path);
+    error =
+        own ? start_interpreter(settings->home, settings->path) : join_interpreter(settings->path);
     if (error)
         return error;
     if (own)

@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-import pykvm
 import pytest
+
+import pykvm
 from pykvm import uapi
 from pykvm.fd import dispatch, table
 

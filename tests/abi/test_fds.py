@@ -10,18 +10,22 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable
 from errno import EBADF, EEXIST, EIO, EMFILE, ENOTTY
+from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+from typing import TYPE_CHECKING
+
+import pytest
 
 import pykvm
-import pytest
 from pykvm import uapi
 from pykvm.abi import ffi
 from pykvm.fd import table
 from pykvm.kvm.vm import live_vms
-
 from tests.abi.conftest import errno_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RUN_SIZE = 3 * mmap.PAGESIZE
 
@@ -38,16 +42,16 @@ def vms() -> int:
 
 
 @pytest.mark.spec("fd.types")
-def test_new_descriptors_are_close_on_exec_and_named(kvm: int, vm: int, vcpu: int) -> None:
+def test_new_descriptors_are_close_on_exec_and_named(vm: int, vcpu: int) -> None:
     for fd, name in ((vm, "kvm-vm"), (vcpu, "kvm-vcpu:0")):
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-        assert name in os.readlink(f"/proc/self/fd/{fd}")
+        assert name in str(Path(f"/proc/self/fd/{fd}").readlink())
     plain = pykvm.open("/dev/kvm", os.O_RDWR)
     assert not fcntl.fcntl(plain, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     os.close(plain)
 
 
-def test_the_lowest_free_number_is_used(kvm: int, vm: int, vcpu: int) -> None:
+def test_the_lowest_free_number_is_used(vcpu: int) -> None:
     os.close(vcpu)
     ends = os.pipe()
     assert ends[0] == vcpu
@@ -74,9 +78,7 @@ def test_poll_says_ready(kvm: int, vm: int, vcpu: int) -> None:
     poll = select.poll()
     for fd in (kvm, vm, vcpu):
         poll.register(fd, select.POLLIN | select.POLLOUT)
-    assert {fd: events for fd, events in poll.poll(0)} == dict.fromkeys(
-        (kvm, vm, vcpu), select.POLLIN | select.POLLOUT
-    )
+    assert dict(poll.poll(0)) == dict.fromkeys((kvm, vm, vcpu), select.POLLIN | select.POLLOUT)
 
 
 @pytest.mark.spec("fd.lifetime")
@@ -98,7 +100,7 @@ def test_a_vm_lives_until_its_last_descriptor_and_mapping(kvm: int, order: str) 
     mapping = mmap.mmap(vcpu, RUN_SIZE)
     # mmap.mmap keeps a duplicate of the descriptor, which counts as well.
     steps = {"vm": lambda: os.close(vm), "vcpu": lambda: os.close(vcpu), "mapping": mapping.close}
-    named = order.split()[0]
+    named = order.split(maxsplit=1)[0]
     others = [name for name in steps if name != named]
     names = [*others, named] if order.endswith("last") else [named, *others]
     for name in names:
@@ -127,8 +129,7 @@ def test_a_mapping_alone_keeps_the_vm(kvm: int) -> None:
 
 def test_memory_of_a_vm_is_given_back(kvm: int) -> None:
     def pages() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1])
+        return int(Path("/proc/self/statm").read_text().split()[1])
 
     def one() -> None:
         vm = call(kvm, uapi.KVM_CREATE_VM)
@@ -278,7 +279,7 @@ def test_a_client_that_closes_every_descriptor_does_no_harm() -> None:
 
 
 @pytest.mark.spec("fd.unknown_ioctl")
-def test_descriptors_that_are_not_ours(kvm: int) -> None:
+def test_descriptors_that_are_not_ours() -> None:
     ends = os.pipe()
     assert errno_of(call, ends[0], uapi.KVM_CREATE_VM) == ENOTTY
     os.close(ends[0])

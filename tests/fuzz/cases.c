@@ -62,6 +62,8 @@ void fuzz_expand(const struct fuzz_template *t, uint64_t seed, struct fuzz_case 
         c->in.gpr[n] = t->fixed >> n & 1 ? t->value[n] : operand(&seed);
     if ((t->flags & FUZZ_RAX_FOUND) && next_random(&seed) & 1)
         c->in.gpr[RAX] = background(c->memory_seed);
+    for (unsigned n = 0; n < 16 && (t->flags & (FUZZ_CODE32 | FUZZ_CODE16)); n++)
+        c->in.gpr[n] = (uint32_t)c->in.gpr[n];
     c->in.rip = t->rip;
     c->in.rflags = 0x202 | (next_random(&seed) & 0xcd5);
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Executes the cases in the core, at CPL 3 of a long mode that tests/fuzz/insns.py has set up. */
+/* Executes the cases in the core, at CPL 3 of a mode that tests/fuzz/insns.py has set up. */
 #include <string.h>
 
 #include "pykvm/cpu.h"
@@ -20,6 +20,10 @@ static int enter(const struct fuzz_core *core, const struct fuzz_case *c)
         reason = core->enter(core->cpu);
         if (reason == EXIT_MTF && (c->flags & FUZZ_REPEATED) && v->guest.rip == c->in.rip)
             continue;
+        if (reason == EXIT_MTF && (c->flags & FUZZ_BRANCH)) { /* the fetch may fault */
+            v->ctl.flags &= ~(uint32_t)CPU_SINGLE_STEP;
+            continue;
+        }
         if (reason != EXIT_PREEMPTED && reason != EXIT_KICK)
             break;
     }
@@ -30,10 +34,11 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
 {
     struct vmcs *v = core->vmcs;
     struct cpu_guest *g = &v->guest;
+    uint8_t *at = core->code + c->in.rip - (c->flags & FUZZ_CODE16 ? 0 : FUZZ_CODE);
     int reason;
 
     fuzz_fill(core->data, c);
-    memcpy(core->code + (c->in.rip - FUZZ_CODE), c->bytes, c->len);
+    memcpy(at, c->bytes, c->len);
     core->sync_code(core->cpu);
     memcpy(g->gpr, c->in.gpr, sizeof(c->in.gpr));
     g->rip = c->in.rip;
@@ -57,7 +62,7 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
         if (r->vector == BP)
             r->vector = -1;
     }
-    memset(core->code + (c->in.rip - FUZZ_CODE), 0xcc, c->len);
+    memset(at, 0xcc, c->len);
 }
 
 void fuzz_core_run(const struct fuzz_core *core, const struct fuzz_case *cases,

@@ -22,6 +22,14 @@
 #define FUZZ_REPEATED 2  /* may come back with rip at itself when single-stepped */
 #define FUZZ_RAX_FOUND 4 /* rax is the word most of the data consists of (SCAS) */
 #define FUZZ_STEP 8      /* the core executes it in single-step mode */
+#define FUZZ_CODE32 16   /* 32-bit code in flat segments; neither this nor the next: 64-bit code */
+#define FUZZ_CODE16 32   /* 16-bit code: CS at FUZZ_CODE; DS, ES, SS at FUZZ_DATA */
+
+/* Limits of 16-bit code.  ES expands down: what is above its limit is accessible. */
+#define FUZZ_CS_LIMIT 0x1fff
+#define FUZZ_DS_LIMIT 0x4ffb
+#define FUZZ_SS_LIMIT 0x4fff
+#define FUZZ_ES_LIMIT 0x00ff
 
 struct fuzz_state {
     uint64_t gpr[16];

@@ -18,13 +18,16 @@ from tests.fuzz.undefined import CHECKED_FLAGS, undefined_flags
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DATA, CODE, GS_BASE = 0x1000_0000, 0x2000_0000, 0x1000  # fuzz.h
+# fuzz.h
+DATA, CODE, GS_BASE = 0x1000_0000, 0x2000_0000, 0x1000
 BRANCH, REPEATED, RAX_FOUND = 1, 2, 4
+CODE_FLAGS = {64: 0, 32: 16, 16: 32}
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 MASK64 = 2**64 - 1
 TF, AC, NT = 0x100, 0x40000, 0x4000
 
+SEGMENT_PREFIXES = (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65)
 SELECTOR = re.compile(r"/\d|rm\d|mem|reg|np|66|f3|f2|[WB]\d|64|16/32|vex|legacy")
 FORMS_WITHOUT_MODRM = {"", "A,I", "Z", "Z,I", "A,Z", "I", "Ib", "Iw", "Iw,Ib", "Jb", "J", "A,O", "O,A"}
 FORMS_WITHOUT_MODRM |= {"DX", "far", "string", "S"}
@@ -111,15 +114,17 @@ def table() -> list[Row]:
     return rows
 
 
-def is_generated(row: Row, host_features: frozenset[str]) -> bool:
+def is_generated(row: Row, host_features: frozenset[str], bits: int) -> bool:
     """Is this row one for the fuzzer, on this host?"""
-    if row.name in SKIPPED or "cpl0" in row.flags or "16/32" in row.selectors:
+    if row.name in SKIPPED or "cpl0" in row.flags:
+        return False
+    if row.selectors & ({"16/32"} if bits == 64 else {"64", "W1", "B1"}):
         return False
     if row.form not in FORMS_WITH_MODRM | FORMS_WITHOUT_MODRM or row.form == "far":
         return False
-    if (row.name in {"jmp", "call"} and row.form == "M") or (not row.escape and row.opcode == 0x62):
+    if (row.name in {"jmp", "call"} and row.form == "M") or (bits == 64 and row.name == "bound"):
         return False  # far transfers; EVEX
-    if not row.escape and 0x40 <= row.opcode < 0x50:
+    if bits == 64 and not row.escape and 0x40 <= row.opcode < 0x50:
         return False  # REX
     return HOST_FEATURES.get(row.name, "") in host_features | {""}
 
@@ -141,6 +146,7 @@ class Template:
 class Encoding:
     """What has been decided about an instruction under construction."""
 
+    bits: int
     legacy: list[int] = field(default_factory=list)
     rex: int = 0
     has_rex: bool = False
@@ -156,26 +162,51 @@ class Encoding:
 
     @property
     def asize(self) -> int:
-        return 4 if 0x67 in self.legacy else 8
+        other = 0x67 in self.legacy
+        return (4 if other else 8) if self.bits == 64 else 2 if (self.bits == 16) != other else 4
 
     @property
-    def segment_base(self) -> int:
-        return GS_BASE if 0x65 in self.legacy else 0
+    def address_mask(self) -> int:
+        return (1 << 8 * self.asize) - 1
+
+    @property
+    def modrm16(self) -> bool:
+        return self.asize == 2
+
+    def segment_base(self, segment: int | None = None) -> int:
+        """Base of the segment of an operand; without a segment: of the override or DS."""
+        override = next((p for p in reversed(self.legacy) if p in SEGMENT_PREFIXES), segment)
+        if self.bits == 64:
+            return GS_BASE if override == 0x65 else 0
+        return 0 if self.bits == 32 else CODE if override == 0x2E else DATA
 
     @property
     def base(self) -> int | None:
         """Base register of the memory operand."""
+        if not self.memory:
+            return None
+        if self.modrm16:
+            no_base = self.modrm & 0xC7 == 6
+            return None if no_base else (RBX, RBX, RBP, RBP, RSI, RDI, RBP, RBX)[self.modrm & 7]
         low = self.modrm & 7 if self.sib is None else self.sib & 7
-        if not self.memory or (self.modrm >> 6 == 0 and low == 5):
+        if self.modrm >> 6 == 0 and low == 5:
             return None
         return low | (self.rex & 1) << 3
 
     @property
     def index(self) -> int | None:
-        if not self.memory or self.sib is None:
+        if not self.memory:
+            return None
+        if self.modrm16:
+            return (RSI, RDI, RSI, RDI, None, None, None, None)[self.modrm & 7]
+        if self.sib is None:
             return None
         index = (self.sib >> 3 & 7) | (self.rex & 2) << 2
         return None if index == RSP else index
+
+    @property
+    def scale(self) -> int:
+        return 0 if self.sib is None else self.sib >> 6
 
     @property
     def reg(self) -> int:
@@ -191,7 +222,8 @@ class Encoding:
             return 1
         if self.rex & 8:
             return 8
-        return 2 if 0x66 in self.legacy and not row.prefix else 4
+        other = 0x66 in self.legacy and not row.prefix
+        return 2 if (self.bits == 16) != other else 4
 
 
 def signed(value: int, size: int) -> bytes:
@@ -199,11 +231,14 @@ def signed(value: int, size: int) -> bytes:
 
 
 class Generator:
-    """Templates of 64-bit code, reproducible from the seed."""
+    """Templates of 64-, 32- or 16-bit code, reproducible from the seed."""
 
-    def __init__(self, seed: object, rows: list[Row]) -> None:
-        self.random = random.Random(str(seed))  # noqa: S311
+    def __init__(self, seed: object, rows: list[Row], bits: int) -> None:
+        self.random = random.Random(str(seed))
         self.rows = rows
+        self.bits = bits
+        self.code = 0 if bits == 16 else CODE
+        self.stack = DATA if bits == 16 else 0  # base of SS
 
     def templates(self, n: int) -> Iterator[Template]:
         while n:
@@ -230,7 +265,8 @@ class Generator:
 
     def any_address(self) -> int:
         if self.chance(64):
-            return 0x8000_0000_0000 + self.random.randrange(64) - 32  # about the first that is not canonical
+            # about the first that is not canonical, and about the limit of DS
+            return (0x8000_0000_0000 if self.bits == 64 else DATA + 0x4FFC) + self.random.randrange(64) - 32
         return self.data_address()
 
     def displacement(self) -> int:
@@ -244,14 +280,14 @@ class Generator:
 
     def template(self) -> Template | None:
         row = self.random.choice(self.rows)
-        t = Template(row, rip=CODE + 0x80 + self.random.randrange(64))
+        t = Template(row, flags=CODE_FLAGS[self.bits], rip=self.code + 0x80 + self.random.randrange(64))
         if self.chance(8):
-            t.rip = CODE + 0x1000 - self.random.randrange(16)
-        e = Encoding()
+            t.rip = self.code + 0x1000 - self.random.randrange(16)
+        e = Encoding(self.bits)
         self.choose_prefixes(row, e)
         self.choose_modrm(row, e)
         self.choose_immediate(row, e)
-        t.fixed[RSP] = self.data_address() if self.chance(4) else DATA + 0x800 + self.random.randrange(0x400)
+        self.set_stack(t, self.data_address() if self.chance(4) else DATA + 0x800 + self.random.randrange(0x400))
         if row.is_branch:
             self.make_branch(row, e, t)
         if e.memory:
@@ -262,6 +298,11 @@ class Generator:
             self.aim_rip_relative(row, e, t)
         t.flags_mask &= ~undefined_flags(row, e.opsize(row), e.imm)
         return t if len(t.bytes) <= 15 and not self.is_known(row, e, t) else None
+
+    def set_stack(self, t: Template, where: int) -> None:
+        t.fixed[RSP] = where - self.stack
+        if self.bits == 16 and self.chance(2):
+            t.fixed[RSP] |= self.number(16) << 16  # above SP
 
     def choose_prefixes(self, row: Row, e: Encoding) -> None:
         legacy = []
@@ -274,17 +315,19 @@ class Generator:
         if self.chance(12):
             legacy.append(0x67)
         if self.chance(16):
-            legacy.append(self.random.choice((0x65, 0x65, 0x26, 0x2E, 0x36, 0x3E)))
+            prefix = self.random.choice((*SEGMENT_PREFIXES, 0x65))
+            # the host's FS is the C library's in 64-bit code
+            legacy.append(0x65 if prefix == 0x64 and self.bits == 64 else prefix)
         if not row.vex and self.chance(6 if "lock" in row.flags else 60):
             legacy.append(0xF0)
         self.random.shuffle(legacy)
         e.legacy = legacy
-        e.has_rex = self.chance(2) or bool(row.rex_bit)
-        e.rex = self.random.getrandbits(4) if e.has_rex or row.vex else 0
-        for bit, value in row.rex_bit.items():
+        e.has_rex = self.bits == 64 and (self.chance(2) or bool(row.rex_bit))
+        e.rex = self.random.getrandbits(4) if e.has_rex or (row.vex and self.bits == 64) else 0
+        for bit, value in row.rex_bit.items() if self.bits == 64 else ():
             mask = 8 if bit == "W" else 1
             e.rex = e.rex & ~mask | mask * value
-        e.vvvv = self.random.getrandbits(4)
+        e.vvvv = self.random.getrandbits(4 if self.bits == 64 else 3)
         e.vex_l = int(self.chance(30))
 
     def choose_modrm(self, row: Row, e: Encoding) -> None:
@@ -299,15 +342,18 @@ class Generator:
             return
         mod = self.random.randrange(3)
         e.modrm = mod << 6 | reg << 3 | self.random.getrandbits(3)
-        if e.modrm & 7 == RSP:
-            e.sib = self.random.getrandbits(8)
-        no_base = mod == 0 and (e.modrm & 7 if e.sib is None else e.sib & 7) == RBP
-        e.rip_relative = no_base and e.sib is None
-        size = 4 if mod == 2 or no_base else mod
+        if e.modrm16:
+            size = 2 if mod == 2 or e.base is None else mod
+        else:
+            if e.modrm & 7 == RSP:
+                e.sib = self.random.getrandbits(8)
+            e.rip_relative = self.bits == 64 and e.base is None and e.sib is None
+            size = 4 if mod == 2 or e.base is None else mod
         e.disp = signed(self.displacement(), size)
 
     def choose_immediate(self, row: Row, e: Encoding) -> None:
-        size, sizes = e.opsize(row), {"Ib": 1, "Jb": 1, "Iw": 2, "J": 4}
+        size = e.opsize(row)
+        sizes = {"Ib": 1, "Jb": 1, "Iw": 2, "J": 4 if self.bits == 64 else size}
         for part in row.form.split(","):
             n = sizes.get(part, 0)
             if part == "I":
@@ -321,13 +367,14 @@ class Generator:
         e.target = e.target or self.any_address()
         if row.name == "cmpxchg16b" and not self.chance(4):
             e.target &= ~15
-        offset = e.target - e.segment_base
+        base, index, scale = e.base, e.index, e.scale
+        segment_base = e.segment_base()
+        offset = e.target - segment_base
         disp = int.from_bytes(e.disp, "little", signed=True)
-        base, index, scale = e.base, e.index, (e.sib or 0) >> 6
         if base is None and index is None:
             if not e.rip_relative:
-                e.disp = signed(offset, 4)
-                e.target = int.from_bytes(e.disp, "little", signed=True) + e.segment_base
+                e.disp = signed(offset, len(e.disp))
+                e.target = (int.from_bytes(e.disp, "little", signed=True) & e.address_mask) + segment_base
             return
         if index is None:
             assert base is not None
@@ -342,30 +389,31 @@ class Generator:
             t.fixed[base] = offset - disp - (t.fixed[index] << scale)
         total = disp + (0 if base is None else t.fixed[base])
         total += 0 if index is None else t.fixed[index] << scale
-        e.target = (total & (1 << 8 * e.asize) - 1) + e.segment_base & MASK64
-        if e.asize == 4 and self.chance(2):
-            register = index if base is None else base
-            assert register is not None
-            if not scale or register == base != index:
-                t.fixed[register] ^= self.number(32) << 32
+        e.target = (total & e.address_mask) + segment_base & MASK64
+        register = index if base is None else base
+        assert register is not None
+        if e.asize < 8 and self.chance(2) and base != index and (base is not None or not scale):
+            t.fixed[register] ^= self.number(32) << 8 * e.asize
 
     def aim_rip_relative(self, row: Row, e: Encoding, t: Template) -> None:
-        offset = (e.target or self.data_address()) - e.segment_base - t.rip - len(t.bytes)
+        offset = (e.target or self.data_address()) - e.segment_base() - t.rip - len(t.bytes)
         e.disp = signed(offset, 4)
         t.bytes = self.encode(row, e)
 
     def make_branch(self, row: Row, e: Encoding, t: Template) -> None:
         t.flags |= BRANCH
-        where = CODE + 0x400 + self.random.randrange(0x400)
+        where = self.code + 0x400 + self.random.randrange(0x400)
         if self.chance(16):
-            where = 0x8000_0000_0000 + self.random.randrange(4096)
+            where = 0x8000_0000_0000 if self.bits == 64 else self.code + 0x2000
+            where += self.random.randrange(4096)
         if row.form in {"J", "Jb"}:
             ahead = self.chance(2)
             distance = self.random.randrange(1, 100) if ahead else -self.random.randrange(20, 100)
             e.imm = signed(distance, len(e.imm))
         elif row.name == "ret":
-            t.fixed[RSP] = self.writable_address()
-            t.patch = (t.fixed[RSP], where)
+            address = self.writable_address()
+            self.set_stack(t, address)
+            t.patch = (address, where)
         elif e.memory:
             e.target = self.writable_address()
             t.patch = (e.target, where)  # the address is looked at again in choose_state
@@ -380,16 +428,17 @@ class Generator:
             self.make_string(row, e, t)
         elif row.name == "xlat":
             t.fixed[RAX] = self.number(64)
-            t.fixed[RBX] = self.any_address() - e.segment_base - (t.fixed[RAX] & 0xFF)
+            t.fixed[RBX] = self.any_address() - e.segment_base() - (t.fixed[RAX] & 0xFF)
         elif row.form in {"A,O", "O,A"}:
-            e.disp = signed(self.any_address() - e.segment_base, e.asize)
+            e.disp = signed(self.any_address() - e.segment_base(), e.asize)
         elif row.name in {"enter", "leave"}:
-            t.fixed[RBP] = self.data_address()
+            t.fixed[RBP] = self.data_address() - self.stack
             if row.name == "enter":
                 e.imm = signed(self.number(10), 2) + signed(self.number(8), 1)
         elif row.name == "popf":
-            t.fixed[RSP] = self.writable_address()
-            t.patch = (t.fixed[RSP], self.number(22) & ~(TF | AC | NT))
+            address = self.writable_address()
+            self.set_stack(t, address)
+            t.patch = (address, self.number(22) & ~(TF | AC | NT))
         elif row.name in {"loop", "loope", "loopne", "jcxz"}:
             t.fixed[RCX] = self.random.randrange(3) | (self.number(32) << 32 if self.chance(2) else 0)
         elif row.name in {"bt", "bts", "btr", "btc"} and row.form == "E,G" and e.memory:
@@ -414,12 +463,14 @@ class Generator:
         return offset & MASK64 if size == 8 else offset & (1 << 8 * size) - 1 | upper
 
     def make_string(self, row: Row, e: Encoding, t: Template) -> None:
-        t.fixed[RSI] = self.any_address() - e.segment_base
-        t.fixed[RDI] = t.fixed[RSI] + self.random.randrange(-8, 12) if self.chance(4) else self.any_address()
+        t.fixed[RSI] = self.any_address() - e.segment_base()
+        t.fixed[RDI] = self.any_address() - self.stack  # ES is where SS is
+        if self.chance(4):
+            t.fixed[RDI] = t.fixed[RSI] + self.random.randrange(-8, 12)
         t.fixed[RCX] = self.random.randrange(3000 if self.chance(4) else 40)
-        if e.asize == 4:
+        if e.asize < 8:
             for register in (RSI, RDI, RCX):
-                t.fixed[register] ^= self.number(32) << 32
+                t.fixed[register] ^= self.number(32) << 8 * e.asize
         t.flags |= REPEATED if {0xF2, 0xF3} & set(e.legacy) else 0
         t.flags |= RAX_FOUND if row.name == "scas" else 0
 
@@ -456,10 +507,10 @@ class Generator:
         return bytes([0xC4, (~e.rex & 7) << 5 | mmmmm, (e.rex & 8) << 4 | low])
 
     def is_known(self, row: Row, e: Encoding, t: Template) -> bool:
-        """Cases that cannot be compared; and differences of AMD processors from the SDM that we do not copy."""
+        """Cases that cannot be compared, and where AMD processors differ from the SDM, which we follow."""
         if not t.fixed or (e.rip_relative and row.is_branch):
             return True
-        if row.is_branch and 0x66 in e.legacy:
+        if self.bits == 64 and row.is_branch and 0x66 in e.legacy:
             return True  # AMD truncates rip to 16 bits; we ignore the prefix as Intel does (SDM vol. 2, JMP)
         if row.name in {"loope", "loopne"} and {0xF2, 0xF3} & set(e.legacy):
             return True  # REPE and REPNE decide about ZF in place of the opcode (measured on Zen 5)

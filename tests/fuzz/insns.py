@@ -3,7 +3,7 @@
     python -m tests.fuzz.insns --count 1000000 --seed 1
     python -m tests.fuzz.insns --seed 1 --batch 17 --case 423     # one case again, with its state
 
-Every case runs at CPL 3 in 64-bit mode.  On the host: natively, in a forked child, under a trampoline
+Every case runs at CPL 3 of long mode, in 64-, 32- or 16-bit code.  On the host: natively, in a forked child, under a trampoline
 (native.c).  Registers, defined flags, memory, the exception with its error code and CR2 must agree.
 """
 
@@ -57,15 +57,17 @@ def build() -> Path:
 
 
 def declarations() -> str:
-    """fuzz.h as cffi wants it: without directives."""
+    """fuzz.h as cffi wants it: of the directives only the constants."""
     text = re.sub(r"/\*.*?\*/", "", (HERE / "fuzz.h").read_text(), flags=re.DOTALL)
-    return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+    lines = text.splitlines()
+    constant = re.compile(r"#define FUZZ_\w+ \w+")
+    return "\n".join(line for line in lines if line[:1] != "#" or constant.match(line))
 
 
 class Core:
     """The processor, in long mode at CPL 3 with the fuzzer's pages mapped and nothing else."""
 
-    def __init__(self, fuzz_ffi: Any) -> None:
+    def __init__(self, fuzz_ffi: Any, fuzz_lib: Any, bits: int) -> None:
         m = self.machine = Machine()
         m.long64(ENTRY, cpl=3)
         for entry in range(512):
@@ -79,6 +81,8 @@ class Core:
             m.write(CODE_TABLE + 8 * page, CODE_RAM + 4096 * page | 5)
         m.load(CODE_RAM, b"\xcc" * 8192)
         m.seg("gs").base = GS_BASE
+        if bits < 64:
+            self._legacy_segments(fuzz_lib, bits)
         m.guest.cr0 |= lib.X86_CR0_AM
         m.ctl.exception_bitmap = 2**32 - 1
         lib.cpu_state_changed(m.cpu)
@@ -89,7 +93,23 @@ class Core:
         self.struct.data = fuzz_ffi.cast("uint8_t *", m.hva + DATA_RAM)
         self.struct.code = fuzz_ffi.cast("uint8_t *", m.hva + CODE_RAM)
         self.struct.enter = fuzz_ffi.cast("int (*)(void *)", address(ffi.addressof(lib, "cpu_enter")))
-        self.struct.sync_code = fuzz_ffi.cast("void (*)(void *)", address(ffi.addressof(lib, "cpu_sync_code")))
+        sync_code = address(ffi.addressof(lib, "cpu_sync_code"))
+        self.struct.sync_code = fuzz_ffi.cast("void (*)(void *)", sync_code)
+
+
+    def _legacy_segments(self, fuzz: Any, bits: int) -> None:
+        m = self.machine
+        m.seg("cs").ar = 0xC0FB if bits == 32 else 0x00FB
+        m.seg("fs").ar = m.seg("gs").ar = 0x10000
+        if bits == 16:
+            segments = {
+                "cs": (fuzz.FUZZ_CODE, fuzz.FUZZ_CS_LIMIT, 0xFB),
+                "ds": (fuzz.FUZZ_DATA, fuzz.FUZZ_DS_LIMIT, 0xF3),
+                "es": (fuzz.FUZZ_DATA, fuzz.FUZZ_ES_LIMIT, 0xF7),
+                "ss": (fuzz.FUZZ_DATA, fuzz.FUZZ_SS_LIMIT, 0xF3),
+            }
+            for name, (base, limit, ar) in segments.items():
+                m.seg(name).base, m.seg(name).limit, m.seg(name).ar = base, limit, ar
 
 
 def address(pointer: Any) -> int:
@@ -101,27 +121,26 @@ class Difference:
     """A case on which the host and the core do not agree."""
 
     template: Template
-    seed: int
-    batch: int
+    where: str
     case: int
     text: str
 
     def __str__(self) -> str:
         code = self.template.bytes.hex()
-        where = f"--seed {self.seed} --batch {self.batch} --case {self.case}"
-        return f"{code:30} {self.template.row.text}: {self.text}\n    {where}"
+        return f"{code:30} {self.template.row.text}: {self.text}\n    {self.where} --case {self.case}"
 
 
 class Fuzzer:
     """Generates, runs and compares batches of cases."""
 
-    def __init__(self, only: frozenset[str] = frozenset()) -> None:
+    def __init__(self, bits: int = 64, only: frozenset[str] = frozenset()) -> None:
+        self.bits = bits
         self.ffi = FFI()
         self.ffi.cdef(declarations())
         self.lib: Any = self.ffi.dlopen(str(build()))
-        self.core = Core(self.ffi)
+        self.core = Core(self.ffi, self.lib, bits)
         features = host()[2]
-        self.rows = [row for row in table() if is_generated(row, features)]
+        self.rows = [row for row in table() if is_generated(row, features, bits)]
         if only:
             self.rows = [row for row in self.rows if row.name in only]
         self.covered: Counter[str] = Counter()
@@ -134,7 +153,7 @@ class Fuzzer:
         return self.ffi.cast(f"{kind} *", pointer)
 
     def _expand(self, template: Template, seed: int, at: int) -> None:
-        t = self.ffi.new("struct fuzz_template *")
+        t: Any = self.ffi.new("struct fuzz_template *")
         t.bytes = template.bytes.ljust(16, b"\0")
         t.len, t.flags, t.rip = len(template.bytes), template.flags, template.rip
         for register, value in template.fixed.items():
@@ -149,20 +168,21 @@ class Fuzzer:
 
     def batch(self, seed: int, number: int) -> list[Difference]:
         """Runs one batch; what differs."""
-        generator = Generator(f"{seed}:{number}", self.rows)
+        generator = Generator(f"{seed}:{number}", self.rows, self.bits)
         templates = list(generator.templates(TEMPLATES))
         for k, template in enumerate(templates):
             self.covered[template.row.name] += VARIANTS
             self._expand(template, generator.random.getrandbits(63), k * VARIANTS)
         done = self.lib.fuzz_native(self.cases, self.native, BATCH)
         differences = []
+        where = f"--bits {self.bits} --seed {seed} --batch {number}"
         if done < BATCH:
             text = "the host did not come back from it"
-            differences.append(Difference(templates[max(done, 0) // VARIANTS], seed, number, done, text))
+            differences.append(Difference(templates[max(done, 0) // VARIANTS], where, done, text))
         self.lib.fuzz_core_run(self.core.struct, self.cases, self.emulated, max(done, 0))
         at = 0
         while (at := self.lib.fuzz_differs(self.cases, self.native, self.emulated, at, done)) < done:
-            differences.append(Difference(templates[at // VARIANTS], seed, number, at, self.explain(at)))
+            differences.append(Difference(templates[at // VARIANTS], where, at, self.explain(at)))
             at += 1
         return differences
 
@@ -196,13 +216,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=100_000, help="cases to run")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bits", type=int, choices=(64, 32, 16), default=64, help="kind of code")
     parser.add_argument("--batch", type=int, help="run only this batch of the seed")
     parser.add_argument("--case", type=int, help="show the state of this case of the batch")
     parser.add_argument("--only", default="", help="mnemonics, separated by commas")
     parser.add_argument("--show", type=int, default=40, help="differences to print")
     parser.add_argument("--coverage", action="store_true", help="print cases by mnemonic")
     args = parser.parse_args()
-    fuzzer = Fuzzer(frozenset(filter(None, args.only.split(","))))
+    fuzzer = Fuzzer(args.bits, frozenset(filter(None, args.only.split(","))))
     batches = range(-(-args.count // BATCH)) if args.batch is None else range(args.batch, args.batch + 1)
     seen: Counter[str] = Counter()
     start = time.monotonic()

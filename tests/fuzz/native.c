@@ -3,12 +3,15 @@
  * Executes single instructions on the host processor with a given state, in a forked child.
  *
  * A trampoline in 64-bit code loads every register from fixed addresses and jumps to the
- * instruction; a jump behind it leads to code that stores them again.  An exception comes as a
- * signal, whose handler takes the state from the signal frame.
+ * instruction, through a far pointer when it is 32-bit code (Linux has a segment for that) or
+ * 16-bit code (in an LDT).  A jump behind it leads to code that stores the registers again.  An
+ * exception comes as a signal, whose handler takes the state from the signal frame.
  */
+#include <asm/ldt.h>
 #include <asm/prctl.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -21,22 +24,37 @@
 
 #define PAGE 4096ul
 
-/* The trampoline's own memory: struct save, and above it a stack for PUSHF and POPF. */
+/* The trampoline's own memory: struct save, a stack for PUSHF and POPF that ends with its page,
+ * and in the next page a copy of the trampoline that 32-bit far pointers reach. */
 #define SAVE 0x21000000
 #define SAVE_STACK 0x21001000
+#define LOW_CODE 0x21001000
+
+/* Linux's selectors, and ours in the LDT. */
+#define USER_CS 0x33
+#define USER32_CS 0x23
+#define USER_DS 0x2b
+#define LDT_SELECTOR(n) ((n) << 3 | 7)
+enum { LDT_CS, LDT_DS, LDT_ES, LDT_SS };
+
 struct save {
     struct fuzz_state in, out;
     uint64_t host_rsp;
+    uint32_t far_offset;
+    uint16_t far_selector, ds, es, ss;
     volatile uint32_t vector_plus_1, error;
     uint64_t cr2;
 };
 #define saved ((struct save *)SAVE)
 _Static_assert(offsetof(struct save, out) == 144, "used by the trampoline");
 _Static_assert(offsetof(struct save, host_rsp) == 288, "used by the trampoline");
+_Static_assert(offsetof(struct save, far_offset) == 296, "used by the trampoline");
+_Static_assert(offsetof(struct save, ds) == 302, "used by the trampoline");
 
 void fuzz_enter(void);
 void fuzz_leave(void);
 void fuzz_return(void);
+extern const char fuzz_end[];
 
 /* clang-format off */
 #define STR_(x) #x
@@ -44,6 +62,7 @@ void fuzz_return(void);
 #define IN STR(SAVE) "+"
 #define OUT STR(SAVE) "+144+"
 #define HOST_RSP STR(SAVE) "+288"
+#define FAR_SELECTOR STR(SAVE) "+300"
 #define EACH_REGISTER(X)                                                                           \
     X("0", "rax") X("8", "rcx") X("16", "rdx") X("24", "rbx") X("40", "rbp") X("48", "rsi")        \
     X("56", "rdi") X("64", "r8") X("72", "r9") X("80", "r10") X("88", "r11") X("96", "r12")        \
@@ -52,23 +71,30 @@ void fuzz_return(void);
 #define STORE(offset, reg) "mov %" reg ", " OUT offset "\n"
 
 __asm__(".text\n"
-        ".hidden fuzz_enter\n.hidden fuzz_leave\n.hidden fuzz_return\n"
+        ".hidden fuzz_enter\n.hidden fuzz_leave\n.hidden fuzz_return\n.hidden fuzz_end\n"
         ".globl fuzz_enter\nfuzz_enter:\n"
         "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
         "mov %rsp, " HOST_RSP "\n"
         "mov $" STR(SAVE_STACK) ", %esp\n"
+        "mov " STR(SAVE) "+302, %ds\nmov " STR(SAVE) "+304, %es\nmov " STR(SAVE) "+306, %ss\n"
+        "movzwl " FAR_SELECTOR ", %ecx\ntest %ecx, %ecx\njz 1f\n"
         "pushq " IN "136\npopfq\n"
+        EACH_REGISTER(LOAD)
+        "ljmp *" STR(SAVE) "+296\n"
+        "1: pushq " IN "136\npopfq\n"
         EACH_REGISTER(LOAD)
         "jmp *" IN "128\n"
         ".globl fuzz_leave\nfuzz_leave:\n"
         EACH_REGISTER(STORE)
         "mov $" STR(SAVE_STACK) ", %esp\n"
         "pushfq\npopq " OUT "136\n"
+        "mov $" STR(USER_DS) ", %eax\nmov %eax, %ss\n"
         ".globl fuzz_return\nfuzz_return:\n"
         "mov " HOST_RSP ", %rsp\n"
         "pushq $2\npopfq\n"
         "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\n"
-        "ret\n");
+        "ret\n"
+        ".globl fuzz_end\nfuzz_end:\n");
 /* clang-format on */
 
 static const int greg[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
@@ -88,6 +114,7 @@ static void on_signal(int sig, siginfo_t *info, void *context)
     saved->cr2 = (uint64_t)g[REG_CR2];
     g[REG_RIP] = (greg_t)(uintptr_t)fuzz_return;
     g[REG_EFL] = 2;
+    g[REG_CSGSFS] = (g[REG_CSGSFS] & 0xffffffff0000) | USER_CS | (greg_t)USER_DS << 48;
 }
 
 /* Maps memory at its address, and once more for ourselves: always writable there. */
@@ -98,7 +125,8 @@ static uint8_t *map_twice(uint64_t at, unsigned pages, int prot)
 
     if (fd < 0 || ftruncate(fd, pages * PAGE))
         _exit(2);
-    p = mmap((void *)at, pages * PAGE, prot, MAP_SHARED | MAP_POPULATE | MAP_FIXED_NOREPLACE, fd, 0);
+    p = mmap((void *)at, pages * PAGE, prot, MAP_SHARED | MAP_POPULATE | MAP_FIXED_NOREPLACE, fd,
+             0);
     alias = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
     if (p != (void *)at || alias == MAP_FAILED)
         _exit(2);
@@ -107,17 +135,44 @@ static uint8_t *map_twice(uint64_t at, unsigned pages, int prot)
 
 static uint8_t *data, *code;
 
+/* Code behind the instruction that leads to fuzz_leave. */
+static void put_exit(uint8_t *at, uint32_t flags)
+{
+    uint64_t leave = (uint64_t)(uintptr_t)fuzz_leave;
+    uint32_t low = LOW_CODE + (uint32_t)((char *)fuzz_leave - (char *)fuzz_enter);
+
+    if (flags & (FUZZ_CODE32 | FUZZ_CODE16)) {
+        if (flags & FUZZ_CODE16)
+            *at++ = 0x66;
+        *at++ = 0xea; /* jmp USER_CS:low */
+        memcpy(at, &low, 4);
+        memcpy(at + 4, "\x33\0", 2);
+    } else {
+        memcpy(at, "\xff\x25\0\0\0\0", 6); /* jmp *0(%rip) */
+        memcpy(at + 6, &leave, 8);
+    }
+}
+
+static void choose_segments(const struct fuzz_case *c)
+{
+    bool code16 = c->flags & FUZZ_CODE16, code32 = c->flags & FUZZ_CODE32;
+
+    saved->far_offset = (uint32_t)c->in.rip;
+    saved->far_selector = code16 ? LDT_SELECTOR(LDT_CS) : code32 ? USER32_CS : 0;
+    saved->ds = code16 ? LDT_SELECTOR(LDT_DS) : USER_DS;
+    saved->es = code16 ? LDT_SELECTOR(LDT_ES) : USER_DS;
+    saved->ss = code16 ? LDT_SELECTOR(LDT_SS) : USER_DS;
+}
+
 static void run_case(const struct fuzz_case *c, struct fuzz_result *r)
 {
-    uint8_t *at = code + (c->in.rip - FUZZ_CODE);
-    uint64_t leave = (uint64_t)(uintptr_t)fuzz_leave;
+    uint8_t *at = code + c->in.rip - (c->flags & FUZZ_CODE16 ? 0 : FUZZ_CODE);
 
     fuzz_fill(data, c);
     memcpy(at, c->bytes, c->len);
-    if (!(c->flags & FUZZ_BRANCH)) {
-        memcpy(at + c->len, "\xff\x25\0\0\0\0", 6); /* jmp *0(%rip) */
-        memcpy(at + c->len + 6, &leave, 8);
-    }
+    if (!(c->flags & FUZZ_BRANCH))
+        put_exit(at + c->len, c->flags);
+    choose_segments(c);
     saved->in = c->in;
     saved->vector_plus_1 = 0;
     saved->error = 0;
@@ -137,6 +192,19 @@ static void run_case(const struct fuzz_case *c, struct fuzz_result *r)
     r->memory_hash = fuzz_hash(data);
 }
 
+static void ldt_entry(unsigned n, unsigned base, unsigned limit, unsigned contents)
+{
+    struct user_desc d = {
+        .entry_number = n,
+        .base_addr = base,
+        .limit = limit,
+        .contents = contents,
+        .useable = 1,
+    };
+    if (syscall(SYS_modify_ldt, 1, &d, sizeof(d)))
+        _exit(3);
+}
+
 static void child(const struct fuzz_case *cases, struct fuzz_result *results, int n,
                   atomic_int *done)
 {
@@ -150,7 +218,12 @@ static void child(const struct fuzz_case *cases, struct fuzz_result *results, in
     for (unsigned k = 0; k < sizeof(signals) / sizeof(*signals); k++)
         sigaction(signals[k], &sa, NULL);
     syscall(SYS_arch_prctl, ARCH_SET_GS, FUZZ_GS_BASE);
-    map_twice(SAVE, (SAVE_STACK - SAVE) / PAGE, PROT_READ | PROT_WRITE);
+    map_twice(SAVE, 2, PROT_READ | PROT_WRITE | PROT_EXEC);
+    memcpy((void *)LOW_CODE, (void *)fuzz_enter, (size_t)(fuzz_end - (char *)fuzz_enter));
+    ldt_entry(LDT_CS, FUZZ_CODE, FUZZ_CS_LIMIT, MODIFY_LDT_CONTENTS_CODE);
+    ldt_entry(LDT_DS, FUZZ_DATA, FUZZ_DS_LIMIT, MODIFY_LDT_CONTENTS_DATA);
+    ldt_entry(LDT_ES, FUZZ_DATA, FUZZ_ES_LIMIT, MODIFY_LDT_CONTENTS_STACK);
+    ldt_entry(LDT_SS, FUZZ_DATA, FUZZ_SS_LIMIT, MODIFY_LDT_CONTENTS_DATA);
     code = map_twice(FUZZ_CODE, FUZZ_CODE_PAGES, PROT_READ | PROT_EXEC);
     memset(code, 0xcc, FUZZ_CODE_PAGES * PAGE);
     data = map_twice(FUZZ_DATA, FUZZ_DATA_PAGES, PROT_READ | PROT_WRITE);

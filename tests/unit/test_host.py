@@ -74,6 +74,95 @@ def test_data_whose_host_page_is_gone(machine: Machine, how: str) -> None:
     assert m.guest.gpr[2] == 2
 
 
+# opcode, reg of ModRM, immediate: instructions that read or write [ebx]
+MEMORY_FORMS = [
+    ("8a", 0, ""), ("8b", 0, ""), ("88", 0, ""), ("89", 0, ""), ("66 8b", 0, ""), ("66 89", 0, ""),
+    ("00", 0, ""), ("01", 0, ""), ("02", 0, ""), ("03", 0, ""), ("13", 0, ""), ("19", 0, ""),
+    ("39", 0, ""), ("3b", 0, ""), ("84", 0, ""), ("85", 0, ""), ("80", 7, "05"), ("81", 0, "01020304"),
+    ("83", 1, "01"), ("c6", 0, "00"), ("c7", 0, "00000000"), ("f6", 0, "01"), ("f7", 0, "01000000"),
+    ("f7", 2, ""), ("f7", 3, ""), ("f7", 4, ""), ("f7", 5, ""), ("fe", 0, ""), ("ff", 0, ""),
+    ("ff", 1, ""), ("ff", 6, ""), ("8f", 0, ""), ("0f b6", 0, ""), ("0f b7", 0, ""), ("0f be", 0, ""),
+    ("0f af", 0, ""), ("69", 0, "01000000"), ("6b", 0, "03"), ("c1", 4, "01"), ("d1", 5, ""), ("d3", 7, ""),
+    ("0f a3", 0, ""), ("0f ab", 0, ""), ("0f ba", 4, "01"), ("0f ba", 7, "01"), ("0f bc", 0, ""),
+    ("0f 45", 0, ""), ("0f 94", 0, ""), ("0f a4", 0, "03"), ("0f b1", 0, ""), ("0f c1", 0, ""),
+    ("0f c7", 1, ""), ("86", 0, ""), ("87", 0, ""), ("f0 01", 0, ""), ("f0 0f b1", 0, ""),
+    ("62", 0, ""), ("0f 00", 4, ""), ("0f 01", 3, ""), ("0f 01", 0, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", MEMORY_FORMS, ids=lambda f: f"{f[0]}/{f[1]}")
+def test_the_instruction_that_faulted_is_found(machine: Machine, form: tuple[str, int, str]) -> None:
+    m = machine
+    opcode, reg, imm = bytes.fromhex(form[0]), form[1], bytes.fromhex(form[2])
+    good = opcode + bytes([reg << 3 | 6]) + imm  # [esi]
+    bad = opcode + bytes([reg << 3 | 3]) + imm  # [ebx]
+    # edx counts; the register operand is eax
+    m.put(CODE_LA, b"\x42" + good + b"\x42" + bad + b"\x42" + good + UD2)
+    m.load(FLAT)
+    m.ctl.cpuid = [0xFFFFFFFF] * lib.CPU_NR_CPUID
+    lib.cpu_state_changed(m.cpu)
+    done = CODE_LA + 3 + 2 * len(good) + len(bad)
+
+    def go() -> Outcome:
+        m.guest.gpr[0], m.guest.gpr[1], m.guest.gpr[2] = 0, 1, 0
+        m.guest.gpr[4], m.guest.gpr[6] = 0x8000, 0x6000
+        return m.run(CODE_LA, 0x5000)
+
+    # eax is within the bounds of BOUND
+    m.put(0x5000, b"\x00\x00\x00\x00\xff\xff\xff\x7f")
+    m.put(0x6000, b"\x00\x00\x00\x00\xff\xff\xff\x7f")
+    assert go() == Outcome("ok")
+    assert m.guest.rip == done
+    for prot in (mmap.PROT_READ, PROT_NONE):
+        m.put(0x5000, b"\x00\x00\x00\x00\xff\xff\xff\x7f")
+        m.put(0x6000, b"\x00\x00\x00\x00\xff\xff\xff\x7f")
+        protect(m.hva + 0x5000, prot)
+        for flush in (False, True):
+            if flush:
+                lib.cpu_flush_tlb(m.cpu)
+            outcome = go()
+            if m.guest.rip != done or prot == PROT_NONE:
+                assert (outcome.what, outcome.address & ~0xFFF) == ("host-fault", m.hva + 0x5000)
+                assert m.guest.rip == CODE_LA + 2 + len(good)
+                assert m.exit.insn_len == len(bad)
+                assert m.guest.gpr[4] == 0x8000 + {b"\x8f": 4, b"\xff": -4 if reg == 6 else 0}.get(opcode, 0)
+        protect(m.hva + 0x5000, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.parametrize(
+    "insn",
+    ["50", "58", "6a 01", "c3", "c2 04 00", "e8 00 00 00 00", "c9", "9c", "9d", "60", "61", "c8 08 00 01", "cb",
+     "1e", "1f", "a4", "a5", "aa", "ab", "ac", "ad", "a6", "a7", "ae", "af", "d7", "66 a5",
+     "f3 a4", "f3 a5", "f3 aa", "f3 ab", "f3 ac", "f3 a6", "f3 ae", "f2 ae"],
+)  # fmt: skip
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_instruction_with_implicit_operands_is_found(machine: Machine, insn: str, flush: bool) -> None:
+    m = machine
+    code = bytes.fromhex(insn)
+    m.put(CODE_LA, b"\x42" + code + UD2)
+    m.load(FLAT)
+
+    def go(page: int) -> Outcome:
+        # a stack, string and table in the page
+        m.guest.gpr = [7, 16, 0, page + 0x800, page + 0x400, page + 0x480, page + 0x200, page + 0x600] + [0] * 10
+        return m.run(CODE_LA)
+
+    for page in (0x5000, 0x6000):
+        m.put(page, bytes(0x400) + (CODE_LA + 1 + len(code)).to_bytes(4, "little") * 2)
+    go(0x5000)
+    go(0x6000)
+    m.put(0x5400, (CODE_LA + 1 + len(code)).to_bytes(4, "little") * 2)
+    protect(m.hva + 0x5000, PROT_NONE)
+    if flush:
+        lib.cpu_flush_tlb(m.cpu)
+    what, address, _ = go(0x5000)
+    assert (what, address & ~0xFFF) == ("host-fault", m.hva + 0x5000)
+    assert (m.guest.rip, m.guest.gpr[2], m.exit.insn_len) == (CODE_LA + 1, 1, len(code))
+    assert list(m.guest.gpr[4:8]) == [0x5400, 0x5480, 0x5200, 0x5600]
+    assert (m.guest.gpr[0], m.guest.gpr[1]) == (7, 16)
+    protect(m.hva + 0x5000, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_code_whose_host_page_is_gone(machine: Machine, again: bool) -> None:
     m = machine

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from errno import EINVAL, EPERM
 
-import pykvm.kvm
 import pytest
+
+import pykvm.kvm  # noqa: F401  fills the registry
+from pykvm import doc
 from pykvm.abi import ffi, requests
 from pykvm.abi import ioctl as registry
 from pykvm.abi.errors import KvmError
@@ -83,8 +86,6 @@ def test_one_function_one_place() -> None:
 
 
 def test_docs_have_no_unknown_errno() -> None:
-    import errno
-
     for row in rows():
         for name in row.errors:
             assert hasattr(errno, name), f"{row.name}: {name}"
@@ -138,7 +139,9 @@ def test_twice_dies() -> None:
         registry.not_offered("vcpu", "KVM_NMI", why="both")
 
 
-@pytest.mark.parametrize("text", [None, "", "Do.", "Do.\n\nErrors: none\n", "Do.\n\nSource: x\n\nErrors: none\n"])
+@pytest.mark.parametrize(
+    "text", [None, "", "Do.", "Do.\n\nErrors: none\n", "Do.\n\nSource: x\n\nErrors: none\n"]
+)
 def test_a_docstring_without_errors_and_source_dies(text: str | None) -> None:
     with pytest.raises(RegistryError, match="docstring"):
         parse_docstring("f", text)
@@ -212,7 +215,7 @@ def test_out_is_written_only_on_success() -> None:
 
 
 @pytest.mark.parametrize("writeback", [False, True])
-def test_inout_is_written_on_success_or_on_demand(writeback: bool) -> None:  # noqa: FBT001
+def test_inout_is_written_on_success_or_on_demand(writeback: bool) -> None:
     data = bytearray(4)
     user = memory(data)
 
@@ -224,9 +227,9 @@ def test_inout_is_written_on_success_or_on_demand(writeback: bool) -> None:  # n
 
     entry = InOut("struct kvm_mp_state").bind(change, user=False)
     with pytest.raises(KvmError):
-        entry(True, user.address, user)  # noqa: FBT003
+        entry(True, user.address, user)
     assert data[0] == (7 if writeback else 0)
-    assert entry(False, user.address, user) == 5  # noqa: FBT003
+    assert entry(False, user.address, user) == 5
     assert data[0] == 7
 
 
@@ -273,14 +276,14 @@ def test_an_array_has_a_limit() -> None:
 
     with pytest.raises(KvmError, match="E2BIG"):
         LIST.bind(count, user=False)(None, user.address, user)
-    clamped = Array("struct kvm_msr_list", entry="uint32_t", count="nmsrs", entries="indices", limit=10, limit_errno=None)
+    clamped = Array(
+        "struct kvm_msr_list", entry="uint32_t", count="nmsrs", entries="indices", limit=10, limit_errno=None
+    )
     assert clamped.bind(count, user=False)(None, user.address, user) == 0
     assert seen == [10]
 
 
 def test_the_table_in_the_documentation_has_every_row() -> None:
-    from pykvm import doc
-
     text = doc.ioctls_markdown()
     for row in rows():
         assert f"| {row.name} | {row.request:#010x} | {row.kind} |" in text
