@@ -23,7 +23,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from errno import E2BIG
+from errno import E2BIG, EINTR
 from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
 from pykvm import device as fake
@@ -526,7 +526,9 @@ class Vcpu(_Fd):
         """
         try:
             self._ioctl(self.fd, uapi.KVM_RUN, 0)
-        except InterruptedError:
+        except OSError as error:
+            if error.errno != EINTR:
+                raise
             return Intr()
         reason = int(self.kvm_run.exit_reason)
         return _EXITS.get(reason, _other_exit)(self)

@@ -350,6 +350,10 @@ int cpu_load_pdptrs(struct cpu *cpu);
 /* Signals: the calling thread's blocked mask during guest execution is managed by the
  * module; the processor returns EXIT_KICK when one outside `mask` (8 bytes) is pending. */
 void cpu_set_signal_mask(struct cpu *cpu, int check, uint64_t mask);
+/* sigaction() for a client that must not take SIGSEGV and SIGBUS from the processor: reads and sets
+ * what happens with faults that are not the guest's. Both are struct sigaction, or NULL. 1 when done;
+ * 0 when the processor has not taken the signal yet and sigaction() itself is right. */
+int cpu_guard_action(int sig, const void *action, void *old_action);
 
 /* SPTE access from the module. */
 uint64_t spte_read(const uint64_t *sptep);

@@ -732,13 +732,14 @@ int x_rdseed(struct cpu *cpu, const struct insn *i) { return x_rdrand(cpu, i); }
 
 /* ---- decimal adjustments --------------------------------------------------------------------------------- */
 
-/* SF, ZF and PF by the result.  What is undefined is as measured: AAA and AAS set these three by AL
- * before its upper half is cleared, DAA and DAS set OF as one addition or subtraction would, and
- * AAD sets CF, AF and OF by its addition. */
-static void set_al_flags(struct cpu *cpu, u8 al, bool cf, bool af, bool of)
+/* SF, ZF and PF by the result.  What is undefined is as measured: DAA and DAS set OF as one addition
+ * or subtraction would; AAA and AAS set all flags by AX before AL is cut to a digit; AAD sets CF, AF
+ * and OF by its addition. */
+static void flags_adjust(struct cpu *cpu, unsigned bits, u64 r, bool cf, bool af, u64 of)
 {
-    cpu->cc_res = SEXT(8, al);
-    cpu->cc_aux = (u64)cf << 63 | (u64)(cf ^ of) << 62 | (u64)af << 3;
+    cpu->cc_res = SEXT(bits, r);
+    of = of >> (bits - 1) & 1;
+    cpu->cc_aux = (u64)cf << 63 | (cf ^ of) << 62 | (u64)af << 3;
 }
 
 static int decimal_adjust(struct cpu *cpu, const struct insn *i, int sign)
@@ -755,7 +756,7 @@ static int decimal_adjust(struct cpu *cpu, const struct insn *i, int sign)
         cf = true;
     }
     REG8(cpu, 0) = al;
-    set_al_flags(cpu, al, cf, af, (sign > 0 ? ~old & al : old & ~al) & 0x80);
+    flags_adjust(cpu, 8, al, cf, af, sign > 0 ? ~old & al : old & ~al);
     NEXT(cpu, i);
 }
 int x_daa(struct cpu *cpu, const struct insn *i) { return decimal_adjust(cpu, i, 1); }
@@ -763,13 +764,12 @@ int x_das(struct cpu *cpu, const struct insn *i) { return decimal_adjust(cpu, i,
 
 static int ascii_adjust(struct cpu *cpu, const struct insn *i, int sign)
 {
-    bool adjust = (REG8(cpu, 0) & 15) > 9 || get_af(cpu);
-    u8 old = REG8(cpu, 0), al;
+    u16 old = REG16(cpu, 0), ax = old;
+    bool adjust = (old & 15) > 9 || get_af(cpu);
     if (adjust)
-        REG16(cpu, 0) = (u16)(REG16(cpu, 0) + sign * 0x106);
-    al = REG8(cpu, 0);
-    REG8(cpu, 0) = al & 15;
-    set_al_flags(cpu, al, adjust, adjust, (sign > 0 ? ~old & al : old & ~al) & 0x80);
+        ax = (u16)(ax + sign * 0x106);
+    REG16(cpu, 0) = ax & 0xff0f;
+    flags_adjust(cpu, 16, ax, adjust, adjust, sign > 0 ? ~old & ax : old & ~ax);
     NEXT(cpu, i);
 }
 int x_aaa(struct cpu *cpu, const struct insn *i) { return ascii_adjust(cpu, i, 1); }
@@ -781,7 +781,7 @@ int x_aam(struct cpu *cpu, const struct insn *i)
     if (base == 0)
         return fault_de(cpu, i);
     REG16(cpu, 0) = (u16)(al / base << 8 | al % base);
-    set_al_flags(cpu, al % base, false, false, false);
+    flags_logic(cpu, 8, al % base);
     NEXT(cpu, i);
 }
 int x_aad(struct cpu *cpu, const struct insn *i)

@@ -333,6 +333,7 @@ struct cpu {
     bool repeating;           /* the stepped instruction is a REP that is not through */
     u32 shadow;               /* CPU_BLOCK_* and RFLAGS.RF that end with the instruction being */
     u64 rf;                   /* stepped, put back when it stops uncommitted */
+    u32 looks;                /* around, so far */
     u64 insn_end;             /* stats.insns at which ctl.insn_budget is used up */
     bool check_signals;
     u64 signal_mask;

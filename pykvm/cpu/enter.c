@@ -10,6 +10,7 @@
 #include "block.h"
 
 #define SLICE 20000              /* instructions between two looks at the clock */
+#define LOOKS 256                /* the same in looks around */
 #define DEADLINE_TICKS 25000000  /* about 10 ms, when ctl.deadline is 0 */
 #define SIGNAL_TICKS 600000      /* about 250 us */
 #define COMPLETE_ITERATIONS 4096 /* of a REP instruction in cpu_complete() */
@@ -467,7 +468,9 @@ static bool look_around(struct cpu *cpu)
 {
     cpu->block = NULL;
     cpu->insn = NULL;
-    return do_requests(cpu) && (cpu->budget > 0 || check_time(cpu));
+    /* now and then even without a used up budget: a guest may do nothing but fault */
+    bool due = cpu->budget <= 0 || !(++cpu->looks % LOOKS);
+    return do_requests(cpu) && (!due || check_time(cpu));
 }
 
 static bool inject(struct cpu *cpu)
@@ -592,6 +595,7 @@ static int finish(struct cpu *cpu)
 {
     mxcsr_leave(cpu);
     fpu_leave(cpu);
+    GUEST(cpu).fpu.xinuse = fpu_xinuse(cpu);
     end_slice(cpu);
     GUEST(cpu).rflags = get_rflags(cpu);
     cpu->block = NULL;

@@ -182,9 +182,9 @@ static const struct insn *insn_at(const struct block *b, u64 p)
  */
 static const struct insn *find_insn(const struct block *b, const ucontext_t *uc)
 {
-    static const int likely_regs[] = {REG_RSI, REG_RBX, REG_RBP, REG_R12, REG_R13, REG_R14,
-                                      REG_R15, REG_RAX, REG_RCX, REG_RDX, REG_RDI, REG_R8,
-                                      REG_R9,  REG_R10, REG_R11};
+    static const int likely_regs[] = {REG_RSI, REG_RBX, REG_RBP, REG_R12, REG_R13,
+                                      REG_R14, REG_R15, REG_RAX, REG_RCX, REG_RDX,
+                                      REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11};
     const struct insn *i;
 
     for (size_t k = 0; k < sizeof(likely_regs) / sizeof(*likely_regs); k++) {
@@ -253,6 +253,23 @@ bool host_guard_install(void)
     }
     pthread_mutex_unlock(&guard_lock);
     return ok;
+}
+
+int cpu_guard_action(int sig, const void *action, void *old_action)
+{
+    int index = sig == SIGBUS;
+    struct sigaction now;
+    bool ours;
+
+    pthread_mutex_lock(&guard_lock);
+    ours = !sigaction(sig, NULL, &now) && now.sa_flags & SA_SIGINFO &&
+           now.sa_sigaction == on_memory_fault;
+    if (ours && old_action)
+        memcpy(old_action, &previous[index], sizeof(previous[index]));
+    if (ours && action)
+        memcpy(&previous[index], action, sizeof(previous[index]));
+    pthread_mutex_unlock(&guard_lock);
+    return ours;
 }
 
 void host_guard_arm(struct cpu *cpu) { guarded = cpu; }

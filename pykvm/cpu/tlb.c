@@ -64,15 +64,16 @@ struct origin {
 
 struct tlb_state {
     struct l2_entry l2[NR_CTX][L2_SIZE];
-    unsigned victim; /* way to be replaced next */
-    struct log log[2];    /* fills of [0] pages that a CR3 load flushes, [1] global ones */
-    u64 large[REGIONS / 64]; /* 2 MiB regions in which the guest has a large page; may say too many */
-    u64 huge;                /* the same of 1 GiB regions, modulo 64 */
+    unsigned victim;   /* way to be replaced next */
+    struct log log[2]; /* fills of [0] pages that a CR3 load flushes, [1] global ones */
+    u64 large[REGIONS /
+              64]; /* 2 MiB regions in which the guest has a large page; may say too many */
+    u64 huge;      /* the same of 1 GiB regions, modulo 64 */
     u64 stored[REGIONS / 64]; /* host pages of level 1 w entries; may say too many */
     unsigned nr_breakpoints;
     struct breakpoint breakpoint[4];
     unsigned nr_rmw;
-    struct span rmw[2]; /* what is in cpu->rmw_buf */
+    struct span rmw[2];   /* what is in cpu->rmw_buf */
     struct origin origin; /* as of the last flush */
     u64 dr[4], dr7;       /* as of the last tlb_breakpoints() */
 };
@@ -292,7 +293,8 @@ bool tlb_init(struct cpu *cpu)
 {
     cpu->ctx = malloc(NR_CTX * sizeof(*cpu->ctx));
     /* Not malloc: sets are whole cache lines, and most pages of this stay untouched. */
-    cpu->ts = mmap(NULL, sizeof(*cpu->ts), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    cpu->ts =
+        mmap(NULL, sizeof(*cpu->ts), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (cpu->ts == MAP_FAILED)
         cpu->ts = NULL;
     if (!cpu->ctx || !cpu->ts || !walk_init(cpu)) {

@@ -214,7 +214,7 @@ struct guest_walk {
     u64 rights;          /* PT_WRITABLE_MASK, PT_USER_MASK of all levels; PT64_NX_MASK of any */
     u64 upper_rights;    /* without the last level */
     u64 page_size;
-    u32 error;           /* WALK_FAULT */
+    u32 error; /* WALK_FAULT */
 };
 
 enum walk_status {
@@ -292,8 +292,7 @@ static enum walk_status walk64(struct cpu *cpu, struct guest_walk *w, u64 table,
 
     w->gpte_size = 8;
     w->rights = PT_WRITABLE_MASK | PT_USER_MASK;
-    w->from_table =
-        cached->region == w->la >> 21 && cached->generation == cpu->wc->generation;
+    w->from_table = cached->region == w->la >> 21 && cached->generation == cpu->wc->generation;
     if (w->from_table) {
         level = 1;
         table = cached->gpa;
@@ -302,8 +301,7 @@ static enum walk_status walk64(struct cpu *cpu, struct guest_walk *w, u64 table,
     for (shift = 12 + 9 * level;; level--) {
         u64 gpte;
         shift -= 9;
-        enum walk_status status =
-            read_gpte(cpu, w, table | (w->la >> shift & 511) << 3, &gpte);
+        enum walk_status status = read_gpte(cpu, w, table | (w->la >> shift & 511) << 3, &gpte);
         if (unlikely(status != WALK_OK))
             return status;
         bool leaf = level == 1 || gpte & PT_PAGE_SIZE_MASK;
@@ -409,8 +407,7 @@ static bool denied(const struct cpu *cpu, const struct guest_walk *w, bool write
     if (w->user ? !user_page
                 : user_page && tlb_context(cpu, w->access & ACC_SYSTEM) == CTX_KERNEL_SMAP)
         return true;
-    return write && !(w->rights & PT_WRITABLE_MASK) &&
-           (w->user || GUEST(cpu).cr0 & X86_CR0_WP);
+    return write && !(w->rights & PT_WRITABLE_MASK) && (w->user || GUEST(cpu).cr0 & X86_CR0_WP);
 }
 
 static enum walk_status check_rights(struct cpu *cpu, struct guest_walk *w, bool *writable)

@@ -106,7 +106,9 @@ def _dirty_bitmap(vm: Vm, old: Memslot | None, new: Memslot) -> bytearray | None
     if old is not None and old.dirty_bitmap is not None:
         return old.dirty_bitmap
     size = dirty_bitmap_bytes(new.npages)
-    return bytearray(b"\xff" * size if vm.dirty_log_initially_set else size)
+    if not vm.dirty_log_initially_set:
+        return bytearray(size)
+    return bytearray(((1 << new.npages) - 1).to_bytes(size, "little"))
 
 
 def dirty_bitmap_bytes(npages: int) -> int:

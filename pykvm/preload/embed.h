@@ -27,6 +27,8 @@ struct embed_api {
     int64_t (*ioctl)(int fd, uint32_t request, uint64_t arg, uint64_t mask);
     /* The program's mapping of [start, end) is about to change. */
     void (*invalidate)(uint64_t start, uint64_t end);
+    /* sigaction() for SIGSEGV and SIGBUS, see cpu_guard_action() */
+    int (*guard_action)(int sig, const void *action, void *old_action);
 };
 
 /* The one function of libpykvm-embed.so: 0, or -1 after a message on stderr. */

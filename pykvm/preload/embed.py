@@ -14,8 +14,9 @@ from errno import EBADF, EIO, ENOTTY
 from typing import Any
 
 from pykvm import device as _device  # noqa: F401  fills the registry
-from pykvm.abi import lib, uapi
+from pykvm.abi import ffi, lib, uapi
 from pykvm.abi.errors import KvmError
+from pykvm.abi.uaccess import address_of
 from pykvm.fd import dispatch, table
 from pykvm.kvm.memslots import hva_ranges, invalidate_range
 from pykvm.kvm.system import System
@@ -32,6 +33,7 @@ int pykvm_embed_open(int flags);
 int64_t pykvm_embed_ioctl(int fd, uint32_t request, uint64_t arg, uint64_t mask);
 void pykvm_embed_invalidate(uint64_t start, uint64_t end);
 int pykvm_embed_start(const struct embed_settings *settings, int own_interpreter);
+uintptr_t pykvm_embed_guard_action(void);
 """
 EMBEDDING_INIT = """
 from _pykvm_preload import ffi
@@ -48,13 +50,14 @@ _ioctl = dispatch.ioctl
 _signals_held = lib.signals_held
 
 
-def install(ffi: Any) -> None:
+def install(embedding: Any) -> None:
     """Define the functions of EMBEDDING_API."""
-    shim = _Shim(ffi)
-    ffi.def_extern(name="pykvm_embed_start", error=-1, onerror=_log)(shim.start)
-    ffi.def_extern(name="pykvm_embed_open", error=-EIO, onerror=_log)(shim.open)
-    ffi.def_extern(name="pykvm_embed_ioctl", error=-EIO, onerror=_log)(shim.ioctl)
-    ffi.def_extern(name="pykvm_embed_invalidate", onerror=_log)(shim.invalidate)
+    shim = _Shim(embedding)
+    embedding.def_extern(name="pykvm_embed_start", error=-1, onerror=_log)(shim.start)
+    embedding.def_extern(name="pykvm_embed_open", error=-EIO, onerror=_log)(shim.open)
+    embedding.def_extern(name="pykvm_embed_ioctl", error=-EIO, onerror=_log)(shim.ioctl)
+    embedding.def_extern(name="pykvm_embed_invalidate", onerror=_log)(shim.invalidate)
+    embedding.def_extern(name="pykvm_embed_guard_action", onerror=_log)(shim.guard_action)
 
 
 def _log(kind: type[BaseException], error: BaseException, where: Any) -> None:
@@ -65,8 +68,8 @@ def _log(kind: type[BaseException], error: BaseException, where: Any) -> None:
 class _Shim:
     """The functions, with what they share."""
 
-    def __init__(self, ffi: Any) -> None:
-        self._ffi = ffi
+    def __init__(self, embedding: Any) -> None:
+        self._ffi = embedding
         self._set_ranges: Any = None
         self._extensions: frozenset[str] = frozenset()
         self._slot_requests = {uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_SET_USER_MEMORY_REGION2}
@@ -106,6 +109,10 @@ class _Shim:
             if number in {ENOTTY, EBADF} and not table.is_ours(fd):
                 return NOT_OURS
             return -number
+
+    def guard_action(self) -> int:
+        """Return the address of cpu_guard_action()."""
+        return address_of(ffi.addressof(lib, "cpu_guard_action"))
 
     def invalidate(self, start: int, end: int) -> None:
         """Drop the translations to [start, end): the program is about to map something else there."""

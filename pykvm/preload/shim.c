@@ -635,6 +635,41 @@ EXPORT int madvise(void *address, size_t size, int advice)
     return REAL(madvise)(address, size, advice);
 }
 
+/* ---- SIGSEGV and SIGBUS --------------------------------------------------------------------------
+ *
+ * The processor needs them: guest memory may go away under it.  The program's own handlers come
+ * behind the processor's, and the program does not see that there is one.
+ */
+
+static bool guard_action(int sig, const struct sigaction *action, struct sigaction *old)
+{
+    bool done;
+
+    if (inside || (sig != SIGSEGV && sig != SIGBUS) || !atomic_load(&started))
+        return false;
+    inside++;
+    done = api.guard_action(sig, action, old);
+    inside--;
+    return done;
+}
+
+EXPORT int sigaction(int sig, const struct sigaction *restrict action,
+                     struct sigaction *restrict old)
+{
+    if (guard_action(sig, action, old))
+        return 0;
+    return REAL(sigaction)(sig, action, old);
+}
+
+EXPORT sighandler_t signal(int sig, sighandler_t handler)
+{
+    struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART}, old;
+
+    if (guard_action(sig, &action, &old))
+        return old.sa_handler;
+    return REAL(signal)(sig, handler);
+}
+
 /* ---- what /dev/kvm looks like ------------------------------------------------------------------------ */
 
 static int device_stat(struct stat *st)

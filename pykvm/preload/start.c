@@ -20,6 +20,7 @@
 int pykvm_embed_open(int flags);
 int64_t pykvm_embed_ioctl(int fd, uint32_t request, uint64_t arg, uint64_t mask);
 void pykvm_embed_invalidate(uint64_t start, uint64_t end);
+uintptr_t pykvm_embed_guard_action(void);
 int pykvm_embed_start(const struct embed_settings *settings, int own_interpreter);
 
 static int fail(const char *what, const char *why)
@@ -141,5 +142,6 @@ EXPORT int embed_start(const struct embed_settings *settings, struct embed_api *
     api->open = pykvm_embed_open;
     api->ioctl = pykvm_embed_ioctl;
     api->invalidate = pykvm_embed_invalidate;
+    api->guard_action = (int (*)(int, const void *, void *))pykvm_embed_guard_action();
     return 0;
 }

@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 from errno import EBADF, EFAULT, EINVAL, ENOTTY, errorcode
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,11 +17,10 @@ from pykvm.abi.ioctl import UNKNOWN_REQUEST, Array, Ioctl, NoArg, lookup, rows
 from pykvm.abi.uaccess import address_of
 from tests.abi.conftest import errno_of
 
-KIND_FDS = ("system", "vm", "vcpu")
-from typing import TYPE_CHECKING
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+KIND_FDS = ("system", "vm", "vcpu")
 
 OFFERED = [row for kind in KIND_FDS for row in rows(kind) if not row.absent]
 ABSENT = [row for kind in KIND_FDS for row in rows(kind) if row.absent]

@@ -321,6 +321,264 @@ def test_a_cancelled_thread_does_not_take_the_interpreter_along(compile_c: Compi
     )
 
 
+# ---- guests and the memory behind them -----------------------------------------------------------------
+
+GUEST = """
+static int kvm, vm, vcpu;
+static struct kvm_run *run;
+static uint8_t *memory;
+/* Real mode: code at 0x1000, 64 KiB of memory at address 0. */
+static void guest(const void *code, size_t size)
+{
+    struct kvm_sregs sregs;
+    struct kvm_regs regs = {.rip = 0x1000, .rflags = 2};
+    kvm = device();
+    vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    memory = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memcpy(memory + 0x1000, code, size);
+    struct kvm_userspace_memory_region region = {.memory_size = 0x10000, .userspace_addr = (uintptr_t)memory};
+    CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+    vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+    run = mmap(NULL, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+    CHECK(run != MAP_FAILED && ioctl(vcpu, KVM_GET_SREGS, &sregs) == 0);
+    sregs.cs.base = sregs.cs.selector = 0;
+    CHECK(ioctl(vcpu, KVM_SET_SREGS, &sregs) == 0 && ioctl(vcpu, KVM_SET_REGS, &regs) == 0);
+}
+static int out(void)
+{
+    int result = ioctl(vcpu, KVM_RUN, 0);
+    CHECK(result == 0 && run->exit_reason == KVM_EXIT_IO);
+    return *((uint8_t *)run + run->io.data_offset);
+}
+static struct kvm_regs get_regs(void)
+{
+    struct kvm_regs regs;
+    CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0);
+    return regs;
+}
+#define GUEST(...) static const uint8_t code[] = {__VA_ARGS__}; guest(code, sizeof code)
+/* again: mov al, [0x5000]; inc byte [0x6000]; out 0x10, al; jmp again */
+#define READ_AND_OUT 0xa0, 0x00, 0x50, 0xfe, 0x06, 0x00, 0x60, 0xe6, 0x10, 0xeb, 0xf5
+"""
+
+
+@pytest.mark.spec("vm.memslot_sync")
+def test_the_guest_sees_what_becomes_of_its_memory(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            int main(void)
+            {
+                int flags = MAP_PRIVATE | MAP_ANONYMOUS, rw = PROT_READ | PROT_WRITE;
+                GUEST(READ_AND_OUT);
+                memory[0x5000] = 7;
+                CHECK(out() == 7 && memory[0x6000] == 1);
+                /* Something else in the same place. */
+                CHECK(mmap(memory + 0x5000, 4096, rw, flags | MAP_FIXED, -1, 0) == memory + 0x5000);
+                CHECK(out() == 0 && memory[0x6000] == 2);
+                uint8_t *other = mmap(NULL, 4096, rw, flags, -1, 0);
+                other[0] = 9;
+                CHECK(mremap(other, 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, memory + 0x5000) != MAP_FAILED);
+                CHECK(out() == 9);
+                CHECK(madvise(memory + 0x5000, 4096, MADV_DONTNEED) == 0 && out() == 0);
+                /* Readable only: reads work, the write is EFAULT, and once mended the guest goes on. */
+                CHECK(mprotect(memory + 0x6000, 4096, PROT_READ) == 0);
+                CHECK(memory[0x6000] == 4);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EFAULT);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EFAULT);
+                CHECK(mprotect(memory + 0x6000, 4096, rw) == 0);
+                CHECK(out() == 0 && memory[0x6000] == 5);
+                CHECK(munmap(memory + 0x5000, 4096) == 0);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EFAULT);
+                CHECK(mmap(memory + 0x5000, 4096, rw, flags | MAP_FIXED, -1, 0) == memory + 0x5000);
+                CHECK(out() == 0);
+                CHECK(munmap(memory, 0x10000) == 0);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EFAULT);
+                return 0;
+            }
+            """
+        )
+    )
+
+
+@pytest.mark.spec("vm.memslot_sync")
+def test_code_that_is_mapped_away_is_not_run_any_more(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            int main(void)
+            {
+                static const uint8_t other[] = {0xb0, 0x22, 0xe6, 0x10, 0xeb, 0xfa}; /* mov al, 0x22; out; jmp */
+                GUEST(0xb0, 0x11, 0xe6, 0x10, 0xeb, 0xfa);
+                CHECK(out() == 0x11 && out() == 0x11);
+                uint8_t *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                memcpy(page, other, sizeof other);
+                CHECK(mremap(page, 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, memory + 0x1000) != MAP_FAILED);
+                out();
+                CHECK(out() == 0x22);
+                return 0;
+            }
+            """
+        )
+    )
+
+
+def test_memory_goes_away_while_the_guest_runs(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            static volatile int result, number;
+            static void *work(void *arg) { result = ioctl(vcpu, KVM_RUN, 0); number = errno; return NULL; }
+            int main(void)
+            {
+                pthread_t thread;
+                for (int i = 0; i < 5; i++) {
+                    GUEST(0xfe, 0x06, 0x00, 0x50, 0xeb, 0xfa); /* again: inc byte [0x5000]; jmp again */
+                    CHECK(pthread_create(&thread, NULL, work, NULL) == 0);
+                    while (!((volatile uint8_t *)memory)[0x5000]) ;
+                    CHECK(munmap(memory + (i % 2 ? 0x5000 : 0), i % 2 ? 4096 : 0x10000) == 0);
+                    pthread_join(thread, NULL);
+                    CHECK(result == -1 && number == EFAULT);
+                }
+                return 0;
+            }
+            """
+        )
+    )
+
+
+def test_the_program_keeps_its_own_fault_handlers(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            static sigjmp_buf back;
+            static int faults;
+            static void on_fault(int sig, siginfo_t *info, void *context) { faults++; siglongjmp(back, 1); }
+            static void other(int sig) { faults += 10; siglongjmp(back, 1); }
+            int main(void)
+            {
+                struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, old;
+                GUEST(READ_AND_OUT);
+                CHECK(sigaction(SIGSEGV, NULL, &old) == 0 && old.sa_handler == SIG_DFL);
+                CHECK(sigaction(SIGSEGV, &action, &old) == 0 && old.sa_handler == SIG_DFL);
+                CHECK(sigaction(SIGSEGV, NULL, &old) == 0 && old.sa_sigaction == on_fault);
+                if (!sigsetjmp(back, 1)) *(volatile int *)0x123456 = 1;
+                CHECK(faults == 1);
+                out();
+                CHECK(munmap(memory + 0x5000, 4096) == 0);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EFAULT);
+                CHECK(faults == 1);
+                CHECK(signal(SIGSEGV, other) == (void *)on_fault);
+                if (!sigsetjmp(back, 1)) *(volatile int *)0x123456 = 1;
+                CHECK(faults == 11);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EFAULT);
+                CHECK(signal(SIGSEGV, SIG_DFL) == other);
+                pid_t pid = fork();
+                int status;
+                if (!pid) *(volatile int *)0x123456 = 1;
+                CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
+                return 0;
+            }
+            """
+        )
+    )
+
+
+@pytest.mark.spec("run.eintr")
+def test_a_signal_ends_kvm_run_before_its_handler_returns(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            static volatile int handled;
+            static void on_alarm(int sig)
+            {
+                struct kvm_regs regs;
+                handled++;
+                CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0); /* the vCPU is out, so that this does not hang */
+            }
+            int main(void)
+            {
+                struct itimerval timer = {{0, 0}, {0, 20000}};
+                signal(SIGALRM, on_alarm);
+                GUEST(0xeb, 0xfe); /* jmp $ */
+                setitimer(ITIMER_REAL, &timer, NULL);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EINTR);
+                CHECK(handled == 1 && run->exit_reason == KVM_EXIT_INTR);
+                return 0;
+            }
+            """
+        )
+    )
+
+
+def test_two_vcpus_run_at_the_same_time(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            static int vcpus[2];
+            static void *work(void *arg) { return (void *)(long)ioctl(vcpus[(long)arg], KVM_RUN, 0); }
+            int main(void)
+            {
+                /* vCPU 0 waits for 1 at [0x5000] and then writes [0x5001]; vCPU 1 the other way round. */
+                static const uint8_t first[] = {0x80, 0x3e, 0, 0x50, 0, 0x74, 0xf9, 0xfe, 0x06, 1, 0x50, 0xf4};
+                static const uint8_t second[] = {0xfe, 0x06, 0, 0x50, 0x80, 0x3e, 1, 0x50, 0, 0x74, 0xf9, 0xf4};
+                struct kvm_sregs sregs;
+                struct kvm_regs regs = {.rip = 0x2000, .rflags = 2};
+                pthread_t threads[2];
+                guest(first, sizeof first);
+                memcpy(memory + 0x2000, second, sizeof second);
+                vcpus[0] = vcpu;
+                vcpus[1] = ioctl(vm, KVM_CREATE_VCPU, 1);
+                CHECK(ioctl(vcpu, KVM_GET_SREGS, &sregs) == 0 && ioctl(vcpus[1], KVM_SET_SREGS, &sregs) == 0);
+                CHECK(ioctl(vcpus[1], KVM_SET_REGS, &regs) == 0);
+                for (long i = 0; i < 2; i++) pthread_create(&threads[i], NULL, work, (void *)i);
+                for (int i = 0; i < 2; i++) { void *got; pthread_join(threads[i], &got); CHECK(got == NULL); }
+                CHECK(run->exit_reason == KVM_EXIT_HLT && memory[0x5000] == 1 && memory[0x5001] == 1);
+                return 0;
+            }
+            """
+        )
+    )
+
+
+@pytest.mark.spec("fd.vcpu_mutex")
+def test_another_threads_call_waits_until_kvm_run_is_over(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            static volatile int waiting, got;
+            static pthread_t runner;
+            static void nothing(int sig) {}
+            static void *other(void *arg) { waiting = 1; get_regs(); got = 1; return NULL; }
+            static void *kick(void *arg) { usleep(100000); waiting = 2 + got; pthread_kill(runner, SIGUSR1); return NULL; }
+            int main(void)
+            {
+                struct sigaction action = {.sa_handler = nothing};
+                pthread_t threads[2];
+                sigaction(SIGUSR1, &action, NULL);
+                GUEST(0xeb, 0xfe);
+                runner = pthread_self();
+                pthread_create(&threads[1], NULL, kick, NULL);
+                usleep(20000);
+                pthread_create(&threads[0], NULL, other, NULL);
+                if (ioctl(vcpu, KVM_RUN, 0) == 0) return 1;
+                pthread_join(threads[0], NULL);
+                pthread_join(threads[1], NULL);
+                CHECK(got == 1);
+                return 0;
+            }
+            """
+        )
+    )
+
+
 # ---- children -------------------------------------------------------------------------------------------
 
 

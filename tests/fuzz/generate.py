@@ -32,15 +32,18 @@ SELECTOR = re.compile(r"/\d|rm\d|mem|reg|np|66|f3|f2|[WB]\d|64|16/32|vex|legacy"
 FORMS_WITHOUT_MODRM = {"", "A,I", "Z", "Z,I", "A,Z", "I", "Ib", "Iw", "Iw,Ib", "Jb", "J", "A,O", "O,A"}
 FORMS_WITHOUT_MODRM |= {"DX", "far", "string", "S"}
 FORMS_WITH_MODRM = {"E,G", "G,E", "E,I", "E,Ib", "G,E,I", "G,E,Ib", "E", "E,1", "E,CL", "E,G,Ib", "E,G,CL"}
-FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "ModRM,Ib", "G,V,E", "G,E,V", "V,E"}
+FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "G,V,E", "G,E,V", "V,E"}
 ROW_FLAGS = {"8-bit", "lock", "cpl0"}
 
+# The integer instructions among rows of forms that others have, too.
+INTEGER_NAMES = {"M": {"cmpxchg8b", "cmpxchg16b"}, "V,E": {"blsr", "blsmsk", "blsi"}, "ModRM": {"nop"}}
 # Not for a user program, or different at every execution, or about state that is not compared here.
 SKIPPED = set(
     "syscall sysret sysenter sysexit int int3 int1 into iret cpuid rdtsc rdtscp rdpmc rdrand rdseed rdpid"
     " xgetbv rdpkru wrpkru rdfsbase rdgsbase wrfsbase wrgsbase sgdt sidt sldt str smsw lar lsl verr verw arpl"
     " push_s pop_s les lds lss lfs lgs retf vmcall vmmcall monitor mwait rsm serialize cli sti prefetch"
-    " ud0 ud1 ud2 clflush clflushopt clwb pause".split(),
+    " ud0 ud1 ud2 clflush clflushopt clwb pause ldmxcsr stmxcsr emms xgetbv vzeroupper wait fwait"
+    " lfence mfence sfence".split(),
 )
 BRANCHES = {"jmp", "call", "ret", "jcxz", "loop", "loope", "loopne"}
 CONDITIONAL = re.compile(r"j(n?[opsble]|ae|[ag]e?|[bl]e|n[ps])$")
@@ -117,6 +120,8 @@ def table() -> list[Row]:
 def is_generated(row: Row, host_features: frozenset[str], bits: int) -> bool:
     """Is this row one for the fuzzer, on this host?"""
     if row.name in SKIPPED or "cpl0" in row.flags:
+        return False
+    if row.name not in INTEGER_NAMES.get(row.form, {row.name}):
         return False
     if row.selectors & ({"16/32"} if bits == 64 else {"64", "W1", "B1"}):
         return False

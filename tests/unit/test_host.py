@@ -131,8 +131,8 @@ def test_the_instruction_that_faulted_is_found(machine: Machine, form: tuple[str
 
 @pytest.mark.parametrize(
     "insn",
-    ["50", "58", "6a 01", "c3", "c2 04 00", "e8 00 00 00 00", "c9", "9c", "9d", "60", "61", "c8 08 00 01", "cb",
-     "1e", "1f", "a4", "a5", "aa", "ab", "ac", "ad", "a6", "a7", "ae", "af", "d7", "66 a5",
+    ["50", "58", "6a 01", "c3", "c2 04 00", "e8 00 00 00 00", "c9", "9c", "9d", "60", "61", "c8 08 00 01",
+     "cb", "1e", "1f", "a4", "a5", "aa", "ab", "ac", "ad", "a6", "a7", "ae", "af", "d7", "66 a5",
      "f3 a4", "f3 a5", "f3 aa", "f3 ab", "f3 ac", "f3 a6", "f3 ae", "f2 ae"],
 )  # fmt: skip
 @pytest.mark.parametrize("flush", [False, True])
@@ -144,8 +144,8 @@ def test_the_instruction_with_implicit_operands_is_found(machine: Machine, insn:
 
     def go(page: int) -> Outcome:
         # a stack, string and table in the page
-        m.guest.gpr = [7, 16, 0, page + 0x800, page + 0x400, page + 0x480, page + 0x200, page + 0x600] + [0] * 10
-        return m.run(CODE_LA)
+        m.guest.gpr = [7, 16, 0, 0, page + 0x400, page + 0x480, page + 0x200, page + 0x600] + [0] * 10
+        return m.run(CODE_LA, page + 0x800)
 
     for page in (0x5000, 0x6000):
         m.put(page, bytes(0x400) + (CODE_LA + 1 + len(code)).to_bytes(4, "little") * 2)
