@@ -6,12 +6,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 import pykvm
+
+if TYPE_CHECKING:
+    from pykvm.run import Result
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
@@ -71,10 +75,7 @@ def _write_console(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print_result(result: object) -> None:
-    from pykvm.run import Result
-
-    assert isinstance(result, Result)
+def _print_result(result: Result) -> None:
     if result.console and not result.console.endswith("\n"):
         click.echo()
     table = Table(title=f"{result.end} after {result.seconds:.3f} s")
@@ -136,7 +137,8 @@ def ioctls(markdown: bool) -> None:
     """List every ioctl of the x86 KVM API: offered, or absent and why."""
     from pykvm import doc
 
-    click.echo(doc.ioctls_markdown() if markdown else doc.ioctls_text(), nl=False)
+    rows = doc.ioctl_rows()
+    click.echo(doc.markdown(rows, doc.HEAD) if markdown else doc.text(rows), nl=False)
 
 
 @main.command()
@@ -158,7 +160,8 @@ def insns(markdown: bool) -> None:
     """List the instructions that the processor executes, from its decode table."""
     from pykvm import doc
 
-    click.echo(doc.insns_markdown() if markdown else doc.insns_text(), nl=False)
+    rows = doc.insn_rows()
+    click.echo(doc.markdown(rows, doc.INSN_HEAD) if markdown else doc.text(rows), nl=False)
 
 
 if __name__ == "__main__":

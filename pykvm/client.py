@@ -23,7 +23,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from errno import E2BIG, EINTR
+from errno import E2BIG, EBADF, EINTR
 from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
 from pykvm import device as fake
@@ -193,6 +193,8 @@ class _Fd:
         Errors:
             those of the request, as OSError
         """
+        if self.fd < 0:  # fcntl.ioctl would say ValueError
+            raise OSError(EBADF, os.strerror(EBADF))
         return self._ioctl(self.fd, request, arg)
 
     def close(self) -> None:

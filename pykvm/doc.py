@@ -41,7 +41,8 @@ def insn_rows() -> list[tuple[str, ...]]:
     found = []
     number = 0
     while text := lib.cpu_insn_row(number):
-        found.append(tuple(ffi.string(text).decode().split(maxsplit=len(INSN_HEAD) - 1)))
+        cells_ = ffi.string(text).decode().split(maxsplit=len(INSN_HEAD) - 1)
+        found.append((*cells_, "", "", "")[: len(INSN_HEAD)])
         number += 1
     return found
 
@@ -80,3 +81,15 @@ def insns_markdown() -> str:
 def insns_text() -> str:
     """Return the table of instructions for a terminal."""
     return text(insn_rows())
+
+
+def summary() -> str:
+    """Return how much of the API there is, in one line of Markdown."""
+    offered = [row for row in rows() if not row.absent]
+    absent = [row for row in rows() if row.absent]
+    kinds = ", ".join(f"{sum(r.kind == kind for r in offered)} {kind}" for kind in ("system", "vm", "vcpu"))
+    insns = len({row[2] for row in insn_rows()})
+    return (
+        f"{len(offered)} ioctls are offered ({kinds}), {len(absent)} declared absent with a reason; "
+        f"the processor decodes {insns} instructions.\n"
+    )

@@ -440,7 +440,7 @@ static inline u32 vector_mode(const struct cpu *cpu)
 /* Around guest mode: MXCSR of the host becomes the guest's and back. recover: after a SIGSEGV. */
 void mxcsr_enter(struct cpu *cpu);
 void mxcsr_leave(struct cpu *cpu);
-static inline void mxcsr_recover(struct cpu *cpu) { __builtin_ia32_ldmxcsr(cpu->fault_mxcsr); }
+void mxcsr_recover(struct cpu *cpu);
 
 /* ---- lazy flags ------------------------------------------------------------------------------
  * rflags in the guest state holds everything but the six status flags while the processor

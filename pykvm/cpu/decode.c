@@ -655,8 +655,10 @@ int decode_insn(struct cpu *cpu, const u8 *bytes, unsigned n, u32 mode, struct i
     *i = (struct insn){.fn = x_ud, .base = GPR_ZERO, .index = GPR_ZERO, .seg = CPU_SEG_DS};
     result = decode(&d, i);
     i->len = (u8)d.pos;
-    if (result != VALID)
+    if (result != VALID) {
+        i->fn = x_ud;
         return result;
+    }
     if (i->base == GPR_RIP)
         i->disp += d.pos;
     return (int)d.pos;

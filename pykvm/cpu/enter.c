@@ -454,7 +454,8 @@ static bool run_blocks(struct cpu *cpu)
             b = next;
         } else if (likely(status == LOOKUP)) {
             cpu->budget -= retired(cpu, b);
-            if (unlikely(must_look(cpu) || needs_attention(cpu)))
+            /* a repetition retires nothing until it ends, so the budget alone would not do */
+            if (unlikely(must_look(cpu) || needs_attention(cpu) || is_iteration(cpu, b)))
                 return true;
             b = find(cpu);
         } else {

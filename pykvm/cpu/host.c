@@ -207,8 +207,15 @@ static void chain(int index, int sig, siginfo_t *info, void *uc)
     if (old->sa_flags & SA_SIGINFO) {
         old->sa_sigaction(sig, info, uc);
     } else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN) {
-        /* The instruction is executed again and the kernel does what it does without us. */
-        sigaction(sig, old, NULL);
+        /* The instruction is executed again and the kernel does what it does without us. Not by
+         * sigaction(): the preload library stands before that, and would put it behind us. */
+        struct {
+            void (*handler)(int);
+            unsigned long flags;
+            void *restorer;
+            u64 mask;
+        } action = {.handler = old->sa_handler};
+        syscall(SYS_rt_sigaction, sig, &action, NULL, sizeof(action.mask));
         if (info->si_code <= 0)
             raise(sig);
     } else {

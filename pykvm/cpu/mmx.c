@@ -500,9 +500,9 @@ static int to_mmx(struct cpu *cpu, const struct insn *i, convert_fn convert, uns
         memcpy(src, xmm(cpu, i->dst), size);
     else if (!v_read(cpu, i, src, size, size == 16 ? 16 : 1))
         return stop(cpu, i);
+    mmx_commit(cpu); /* also when it ends in #XM, on AMD */
     if (!do_convert(cpu, convert, _mm_set_epi64x((s64)src[1], (s64)src[0]), &r))
         return stop(cpu, i);
-    mmx_commit(cpu);
     set_mm(cpu, reg_of(i), low(r));
     NEXT(cpu, i);
 }

@@ -6,6 +6,9 @@
 #include "vector.h"
 
 #include <cpuid.h>
+#include <pthread.h>
+#include <signal.h>
+#include <ucontext.h>
 
 /* ---- memory operands --------------------------------------------------------------------------- */
 
@@ -89,93 +92,150 @@ bool mxcsr_load(struct cpu *cpu)
 
 /* ---- unmasked exceptions ---------------------------------------------------------------------------
  *
- * In MODE_XM every instruction that looks at MXCSR comes here: it is executed with all exceptions
- * masked and with a destination that can be taken back, then its flags tell what it should have
- * done (SDM vol. 1 11.5.2, 11.5.4).
+ * In MODE_XM every instruction that looks at MXCSR comes here.  It is executed with all exceptions
+ * masked, and that was it when no unmasked flag came up.  Otherwise the host does it once more
+ * with the guest's MXCSR: which flags are set when an exception is not masked is no function of
+ * those set when it is (SDM vol. 1 4.9.1.5, 11.5.2), and unmasked underflow does not need an
+ * inexact result.  The trap arrives as SIGFPE.
  */
+#define THREAD static _Thread_local __attribute__((tls_model("initial-exec")))
+THREAD sigjmp_buf trap;
+THREAD volatile sig_atomic_t trap_armed;
+THREAD u32 trap_mxcsr;
+static struct sigaction previous_sigfpe;
+static pthread_mutex_t sigfpe_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void on_sigfpe(int sig, siginfo_t *info, void *context)
+{
+    const struct sigaction *old = &previous_sigfpe;
+
+    if (trap_armed) {
+        trap_mxcsr = ((ucontext_t *)context)->uc_mcontext.fpregs->mxcsr;
+        siglongjmp(trap, 1);
+    }
+    if (old->sa_flags & SA_SIGINFO)
+        old->sa_sigaction(sig, info, context);
+    else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN)
+        sigaction(sig, old, NULL); /* executed again, without us */
+    else
+        old->sa_handler(sig);
+}
+
+/* Somebody else may have taken the signal since the last time. */
+static void take_sigfpe(sigset_t *blocked)
+{
+    struct sigaction ours = {.sa_sigaction = on_sigfpe,
+                             .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER}, now;
+    sigset_t fpe;
+
+    pthread_mutex_lock(&sigfpe_lock);
+    sigaction(SIGFPE, NULL, &now);
+    if (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_sigfpe) {
+        previous_sigfpe = now;
+        sigaction(SIGFPE, &ours, NULL);
+    }
+    pthread_mutex_unlock(&sigfpe_lock);
+    sigemptyset(&fpe);
+    sigaddset(&fpe, SIGFPE);
+    pthread_sigmask(SIG_UNBLOCK, &fpe, blocked);
+}
+
+/* Executes *alone with the guest's very MXCSR, and gives its flags to it. true: #XM. */
+static bool execute_unmasked(struct cpu *cpu, insn_fn fn, const struct insn *alone)
+{
+    u32 *mxcsr = &GUEST(cpu).fpu.mxcsr, flags;
+    sigset_t blocked;
+    bool trapped = true;
+
+    take_sigfpe(&blocked);
+    if (!sigsetjmp(trap, 0)) {
+        trap_armed = 1;
+        __builtin_ia32_ldmxcsr(*mxcsr);
+        fn(cpu, alone);
+        flags = __builtin_ia32_stmxcsr();
+        trapped = false;
+    } else {
+        flags = trap_mxcsr;
+    }
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(*mxcsr));
+    trap_armed = 0;
+    pthread_sigmask(SIG_SETMASK, &blocked, NULL);
+    *mxcsr |= flags & MXCSR_FLAGS;
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(*mxcsr));
+    return trapped;
+}
+
+void mxcsr_recover(struct cpu *cpu)
+{
+    trap_armed = 0;
+    __builtin_ia32_ldmxcsr(cpu->fault_mxcsr | MXCSR_MASKS);
+}
+
+/* What an instruction with floating point may change, besides memory. */
+struct before {
+    struct vec v;
+    u64 gpr, res, aux;
+    u32 mmio_pos;
+};
+
+static struct before save_before(struct cpu *cpu, const struct insn *i)
+{
+    return (struct before){VEC(VREG(cpu, i->vd)), REG64(cpu, i->src), cpu->cc_res, cpu->cc_aux,
+                           cpu->mmio_pos};
+}
+
+static void restore_before(struct cpu *cpu, const struct insn *i, const struct before *b)
+{
+    VEC(VREG(cpu, i->vd)) = b->v;
+    REG64(cpu, i->src) = b->gpr;
+    cpu->cc_res = b->res;
+    cpu->cc_aux = b->aux;
+    cpu->mmio_pos = b->mmio_pos;
+}
+
 static insn_fn handler_of(const struct insn *i, unsigned kind)
 {
     unsigned enc = i->flags & I_VEXL ? ENC_VEX256 : i->flags & I_VEX ? ENC_VEX128 : ENC_LEGACY;
     return i->op->body->fn[kind][enc];
 }
 
-static bool has_denormal(const void *p, unsigned n, unsigned size)
+static int raise_xm(struct cpu *cpu, const struct insn *i)
 {
-    for (unsigned k = 0; k < n; k++) {
-        u64 v = size == 2 ? ((const u16_mem *)p)[k] : size == 4 ? ((const u32_mem *)p)[k] : ((const u64_mem *)p)[k];
-        u64 exponent = size == 2 ? 0x7c00 : size == 4 ? 0x7f800000 : 0x7ff0000000000000;
-        u64 sign = 1ull << (size * 8 - 1);
-        if (v & ~sign && !(v & exponent))
-            return true;
-    }
-    return false;
-}
-
-/* Is a result denormal? Only then underflow is an exception when unmasked although it is exact. */
-static bool is_tiny(const struct insn *i, const void *result)
-{
-    const char *name = i->op->name, *type = name + strlen(name) - 2;
-    unsigned bytes = i->flags & I_VEXL ? 32 : 16;
-    unsigned size = type[1] == 'h' ? 2 : type[1] == 's' ? 4 : 8;
-    static const char *const never[] = {"min", "max", "cmp", "round", "sqrt", "ucomi", "comi"};
-
-    if (type[0] != 's' && type[0] != 'p')
-        return false; /* to integers */
-    for (unsigned k = 0; k < sizeof(never) / sizeof(*never); k++)
-        if (!strncmp(name, never[k], strlen(never[k])))
-            return false;
-    return has_denormal(result, type[0] == 's' ? 1 : bytes / size, size);
-}
-
-/* Flags that the instruction sets with the guest's masks; *fault: and does not complete. */
-static u32 exceptions(u32 guest, u32 flags, bool tiny, bool *fault)
-{
-    u32 unmasked = ~guest >> MXCSR_MASKS_SHIFT & MXCSR_FLAGS;
-    u32 before = MXCSR_IE | MXCSR_DE | MXCSR_ZE;
-
-    *fault = true;
-    if (flags & before & unmasked)
-        return flags & before;
-    if (tiny && unmasked & MXCSR_UE)
-        flags |= MXCSR_UE;
-    *fault = flags & unmasked;
-    return flags;
+    unsigned vector = GUEST(cpu).cr4 & X86_CR4_OSXMMEXCPT ? XM_VECTOR : UD_VECTOR;
+    raise_exception(cpu, vector, false, 0);
+    return stop(cpu, i);
 }
 
 static int x_vector_checked(struct cpu *cpu, const struct insn *i)
 {
     struct insn alone[2] = {*i, {.fn = v_end}};
-    bool store = i->op->form == F_W_V_I8 && i->flags & I_MEM;
-    insn_fn fn = handler_of(i, store ? K_RR : i->flags & I_MEM ? K_RM : K_RR);
-    struct vec before = VEC(VREG(cpu, i->vd));
-    u64 gpr = REG64(cpu, i->src), res = cpu->cc_res, aux = cpu->cc_aux;
+    bool store = i->op->form == F_W_V_I8 && i->flags & I_MEM; /* VCVTPS2PH: to scratch first */
+    insn_fn fn = handler_of(i, i->flags & I_MEM && !store ? K_RM : K_RR);
     struct cpu_fpu *fpu = &GUEST(cpu).fpu;
-    bool fault;
+    u32 flags, unmasked;
 
-    mxcsr_sync(cpu);
-    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr) & ~MXCSR_FLAGS);
     if (store)
         alone->vd = V_SCRATCH;
+    mxcsr_sync(cpu);
+    unmasked = ~fpu->mxcsr >> MXCSR_MASKS_SHIFT & MXCSR_FLAGS;
+    struct before before = save_before(cpu, alone);
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr) & ~MXCSR_FLAGS);
     if (fn(cpu, alone) == STOP) {
         __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr));
         return stop(cpu, i);
     }
-    u32 flags = exceptions(fpu->mxcsr, __builtin_ia32_stmxcsr() & MXCSR_FLAGS,
-                           is_tiny(i, VREG(cpu, alone->vd)), &fault);
-    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr));
-    if (!fault && store)
+    flags = __builtin_ia32_stmxcsr() & MXCSR_FLAGS;
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr) | flags);
+    if (unmasked & (flags | MXCSR_UE)) {
+        restore_before(cpu, alone, &before);
+        if (execute_unmasked(cpu, fn, alone)) {
+            restore_before(cpu, alone, &before);
+            return raise_xm(cpu, i);
+        }
+    }
+    if (store)
         return handler_of(i, K_MR)(cpu, i);
-    fpu->mxcsr |= flags;
-    __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr));
-    if (!fault)
-        NEXT(cpu, i);
-    if (!store)
-        VEC(VREG(cpu, i->vd)) = before;
-    REG64(cpu, i->src) = gpr;
-    cpu->cc_res = res;
-    cpu->cc_aux = aux;
-    raise_exception(cpu, GUEST(cpu).cr4 & X86_CR4_OSXMMEXCPT ? XM_VECTOR : UD_VECTOR, false, 0);
-    return stop(cpu, i);
+    NEXT(cpu, i);
 }
 
 /* ---- the choice of a handler ------------------------------------------------------------------------- */

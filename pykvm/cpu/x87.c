@@ -546,8 +546,7 @@ static void get_pointers(struct cpu_fpu *f, const u32 field[ENV_FIELDS], bool wi
     if (selectors) {
         f->fip = field[ENV_FIP];
         f->fdp = field[ENV_FDP];
-        if (wide) /* the 16-bit image has no opcode */
-            f->fop = field[ENV_FCS] >> 16 & FOP_MASK;
+        f->fop = wide ? field[ENV_FCS] >> 16 & FOP_MASK : 0; /* the 16-bit image has no opcode */
         return;
     }
     f->fip = (field[ENV_FIP] & 0xffff) | field[ENV_FCS] >> 12 << 16;

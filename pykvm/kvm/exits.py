@@ -51,6 +51,7 @@ _INSN_BYTES = 15
 _NOP = b"\x90"
 _VALID = lib.CPU_EVENT_VALID
 _EXIT_NONE = lib.EXIT_NONE
+_EXIT_IO = lib.EXIT_IO
 
 
 def _unexpected(vcpu: Vcpu) -> Outcome:
@@ -131,7 +132,8 @@ def complete_instruction(vcpu: Vcpu) -> Outcome:
     cpu = vcpu.cpu
     while True:
         reason = cpu.complete()
-        if reason == _EXIT_NONE:
+        # KVM's emulator leaves REP INS after each batch: the next one is asked for by the guest again.
+        if reason == _EXIT_NONE or (reason == _EXIT_IO and getattr(cpu.exit.io, "in")):
             return RESUME
         outcome = HANDLERS[reason](vcpu)
         # A page that had to be mapped first: the instruction is still to be done.

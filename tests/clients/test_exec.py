@@ -336,7 +336,7 @@ static void guest(const void *code, size_t size)
     vm = ioctl(kvm, KVM_CREATE_VM, 0);
     memory = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memcpy(memory + 0x1000, code, size);
-    struct kvm_userspace_memory_region region = {.memory_size = 0x10000, .userspace_addr = (uintptr_t)memory};
+    struct kvm_userspace_memory_region region = {.memory_size = 0x10000, .userspace_addr = (long)memory};
     CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
     vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
     run = mmap(NULL, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
@@ -356,6 +356,7 @@ static struct kvm_regs get_regs(void)
     CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0);
     return regs;
 }
+#define MOVE (MREMAP_MAYMOVE | MREMAP_FIXED)
 #define GUEST(...) static const uint8_t code[] = {__VA_ARGS__}; guest(code, sizeof code)
 /* again: mov al, [0x5000]; inc byte [0x6000]; out 0x10, al; jmp again */
 #define READ_AND_OUT 0xa0, 0x00, 0x50, 0xfe, 0x06, 0x00, 0x60, 0xe6, 0x10, 0xeb, 0xf5
@@ -379,7 +380,7 @@ def test_the_guest_sees_what_becomes_of_its_memory(compile_c: Compile) -> None:
                 CHECK(out() == 0 && memory[0x6000] == 2);
                 uint8_t *other = mmap(NULL, 4096, rw, flags, -1, 0);
                 other[0] = 9;
-                CHECK(mremap(other, 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, memory + 0x5000) != MAP_FAILED);
+                CHECK(mremap(other, 4096, 4096, MOVE, memory + 0x5000) != MAP_FAILED);
                 CHECK(out() == 9);
                 CHECK(madvise(memory + 0x5000, 4096, MADV_DONTNEED) == 0 && out() == 0);
                 /* Readable only: reads work, the write is EFAULT, and once mended the guest goes on. */
@@ -410,12 +411,13 @@ def test_code_that_is_mapped_away_is_not_run_any_more(compile_c: Compile) -> Non
             + """
             int main(void)
             {
-                static const uint8_t other[] = {0xb0, 0x22, 0xe6, 0x10, 0xeb, 0xfa}; /* mov al, 0x22; out; jmp */
+                static const uint8_t other[] = {0xb0, 0x22, 0xe6, 0x10, 0xeb, 0xfa}; /* al = 0x22 */
                 GUEST(0xb0, 0x11, 0xe6, 0x10, 0xeb, 0xfa);
                 CHECK(out() == 0x11 && out() == 0x11);
-                uint8_t *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                int rw = PROT_READ | PROT_WRITE;
+                uint8_t *page = mmap(NULL, 4096, rw, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
                 memcpy(page, other, sizeof other);
-                CHECK(mremap(page, 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, memory + 0x1000) != MAP_FAILED);
+                CHECK(mremap(page, 4096, 4096, MOVE, memory + 0x1000) != MAP_FAILED);
                 out();
                 CHECK(out() == 0x22);
                 return 0;
@@ -499,7 +501,7 @@ def test_a_signal_ends_kvm_run_before_its_handler_returns(compile_c: Compile) ->
             {
                 struct kvm_regs regs;
                 handled++;
-                CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0); /* the vCPU is out, so that this does not hang */
+                CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0); /* the vCPU is out: this does not hang */
             }
             int main(void)
             {
@@ -521,13 +523,15 @@ def test_two_vcpus_run_at_the_same_time(compile_c: Compile) -> None:
         compile_c(
             GUEST
             + """
+            #define WAIT(low) 0x80, 0x3e, low, 0x50, 0, 0x74, 0xf9
+            #define INC(low) 0xfe, 0x06, low, 0x50
             static int vcpus[2];
             static void *work(void *arg) { return (void *)(long)ioctl(vcpus[(long)arg], KVM_RUN, 0); }
             int main(void)
             {
                 /* vCPU 0 waits for 1 at [0x5000] and then writes [0x5001]; vCPU 1 the other way round. */
-                static const uint8_t first[] = {0x80, 0x3e, 0, 0x50, 0, 0x74, 0xf9, 0xfe, 0x06, 1, 0x50, 0xf4};
-                static const uint8_t second[] = {0xfe, 0x06, 0, 0x50, 0x80, 0x3e, 1, 0x50, 0, 0x74, 0xf9, 0xf4};
+                static const uint8_t first[] = {WAIT(0x00), INC(0x01), 0xf4};
+                static const uint8_t second[] = {INC(0x00), WAIT(0x01), 0xf4};
                 struct kvm_sregs sregs;
                 struct kvm_regs regs = {.rip = 0x2000, .rflags = 2};
                 pthread_t threads[2];
@@ -557,7 +561,13 @@ def test_another_threads_call_waits_until_kvm_run_is_over(compile_c: Compile) ->
             static pthread_t runner;
             static void nothing(int sig) {}
             static void *other(void *arg) { waiting = 1; get_regs(); got = 1; return NULL; }
-            static void *kick(void *arg) { usleep(100000); waiting = 2 + got; pthread_kill(runner, SIGUSR1); return NULL; }
+            static void *kick(void *arg)
+            {
+                usleep(100000);
+                CHECK(waiting && !got);
+                pthread_kill(runner, SIGUSR1);
+                return NULL;
+            }
             int main(void)
             {
                 struct sigaction action = {.sa_handler = nothing};

@@ -3,8 +3,9 @@
     python -m tests.fuzz.insns --count 1000000 --seed 1
     python -m tests.fuzz.insns --seed 1 --batch 17 --case 423     # one case again, with its state
 
-Every case runs at CPL 3 of long mode, in 64-, 32- or 16-bit code.  On the host: natively, in a forked child, under a trampoline
-(native.c).  Registers, defined flags, memory, the exception with its error code and CR2 must agree.
+Every case runs at CPL 3 of long mode, in 64-, 32- or 16-bit code.  On the host: natively, in a forked
+child, under a trampoline (native.c).  Registers, defined flags, memory, the exception with its error
+code and CR2 must agree.
 """
 
 from __future__ import annotations
@@ -96,7 +97,6 @@ class Core:
         sync_code = address(ffi.addressof(lib, "cpu_sync_code"))
         self.struct.sync_code = fuzz_ffi.cast("void (*)(void *)", sync_code)
 
-
     def _legacy_segments(self, fuzz: Any, bits: int) -> None:
         m = self.machine
         m.seg("cs").ar = 0xC0FB if bits == 32 else 0x00FB
@@ -169,14 +169,18 @@ class Fuzzer:
     def batch(self, seed: int, number: int) -> list[Difference]:
         """Runs one batch; what differs."""
         generator = Generator(f"{seed}:{number}", self.rows, self.bits)
-        templates = list(generator.templates(TEMPLATES))
+        where = f"--bits {self.bits} --seed {seed} --batch {number}"
+        return self.run(list(generator.templates(TEMPLATES)), generator.random.getrandbits(63), where)
+
+    def run(self, templates: list[Template], seed: int, where: str = "") -> list[Difference]:
+        """Runs the cases of some templates; what differs."""
+        n = len(templates) * VARIANTS
         for k, template in enumerate(templates):
             self.covered[template.row.name] += VARIANTS
-            self._expand(template, generator.random.getrandbits(63), k * VARIANTS)
-        done = self.lib.fuzz_native(self.cases, self.native, BATCH)
+            self._expand(template, seed + k * VARIANTS, k * VARIANTS)
+        done = self.lib.fuzz_native(self.cases, self.native, n)
         differences = []
-        where = f"--bits {self.bits} --seed {seed} --batch {number}"
-        if done < BATCH:
+        if done < n:
             text = "the host did not come back from it"
             differences.append(Difference(templates[max(done, 0) // VARIANTS], where, done, text))
         self.lib.fuzz_core_run(self.core.struct, self.cases, self.emulated, max(done, 0))

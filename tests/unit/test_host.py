@@ -87,6 +87,11 @@ MEMORY_FORMS = [
     ("0f 45", 0, ""), ("0f 94", 0, ""), ("0f a4", 0, "03"), ("0f b1", 0, ""), ("0f c1", 0, ""),
     ("0f c7", 1, ""), ("86", 0, ""), ("87", 0, ""), ("f0 01", 0, ""), ("f0 0f b1", 0, ""),
     ("62", 0, ""), ("0f 00", 4, ""), ("0f 01", 3, ""), ("0f 01", 0, ""),
+    ("d9", 0, ""), ("dd", 0, ""), ("d8", 0, ""), ("d9", 2, ""), ("dd", 3, ""), ("d9", 5, ""), ("d9", 7, ""),
+    ("df", 7, ""), ("db", 5, ""), ("0f 6f", 0, ""), ("0f 7f", 0, ""), ("0f 10", 0, ""), ("0f 11", 0, ""),
+    ("66 0f 6f", 0, ""), ("f3 0f 7f", 0, ""), ("f2 0f 10", 0, ""), ("f2 0f 11", 0, ""), ("0f 58", 0, ""),
+    ("66 0f fe", 0, ""), ("f2 0f 59", 0, ""), ("0f 2b", 0, ""), ("0f ae", 0, ""), ("0f ae", 1, ""),
+    ("0f ae", 2, ""), ("0f ae", 3, ""), ("66 0f d6", 0, ""), ("0f 13", 0, ""), ("66 0f 3a 0f", 0, "04"),
 ]  # fmt: skip
 
 
@@ -100,6 +105,7 @@ def test_the_instruction_that_faulted_is_found(machine: Machine, form: tuple[str
     m.put(CODE_LA, b"\x42" + good + b"\x42" + bad + b"\x42" + good + UD2)
     m.load(FLAT)
     m.ctl.cpuid = [0xFFFFFFFF] * lib.CPU_NR_CPUID
+    m.guest.cr4 |= lib.X86_CR4_OSFXSR
     lib.cpu_state_changed(m.cpu)
     done = CODE_LA + 3 + 2 * len(good) + len(bad)
 

@@ -1,0 +1,101 @@
+"""KVM's own registers, for paravirtual guests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pykvm.abi import uapi
+from pykvm.kvm import clock
+from pykvm.kvm.caps import Args, vcpu_cap
+from pykvm.kvm.msr import Check, invalid, msr, stored, unsupported
+
+if TYPE_CHECKING:
+    from pykvm.kvm.vcpu import Vcpu
+
+
+
+def guest_pv_has(vcpu: Vcpu, feature: int) -> bool:
+    """Say if the guest has a KVM_FEATURE_*: all of them, unless the client wants CPUID to rule."""
+    return not vcpu.msrs.pv_enforce or bool(vcpu.cpuid.pv_features >> feature & 1)
+
+
+@vcpu_cap("KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
+def enforce_pv_feature_cpuid(vcpu: Vcpu, args: Args) -> int:
+    """Have paravirtual registers and hypercalls follow the guest's CPUID: args[0] on or off.
+
+    Errors: none
+    Source: api.rst 6.13
+    """
+    vcpu.msrs.pv_enforce = bool(args[0])
+    return 0
+
+
+def _clock_msrs(wall: int, system: int, feature: int, *, old: bool) -> None:
+    @msr(wall, save=True)
+    def wall_clock(vcpu: Vcpu, index: int, host: bool) -> int:
+        del index, host
+        if not guest_pv_has(vcpu, feature):
+            raise unsupported()
+        return vcpu.vm.clock.wall_clock
+
+    @wall_clock.writer
+    def _write_wall_clock(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+        del index, host
+        if not guest_pv_has(vcpu, feature):
+            raise unsupported()
+        clock.write_wall_clock(vcpu.vm, data)
+
+    @msr(system, save=True)
+    def system_time(vcpu: Vcpu, index: int, host: bool) -> int:
+        del index, host
+        if not guest_pv_has(vcpu, feature):
+            raise unsupported()
+        return vcpu.clock.system_time
+
+    @system_time.writer
+    def _write_system_time(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+        del index
+        if not guest_pv_has(vcpu, feature):
+            raise unsupported()
+        clock.write_system_time(vcpu, data, old_msr=old, host=host)
+
+
+_clock_msrs(uapi.MSR_KVM_WALL_CLOCK, uapi.MSR_KVM_SYSTEM_TIME, uapi.KVM_FEATURE_CLOCKSOURCE, old=True)
+_clock_msrs(
+    uapi.MSR_KVM_WALL_CLOCK_NEW, uapi.MSR_KVM_SYSTEM_TIME_NEW, uapi.KVM_FEATURE_CLOCKSOURCE2, old=False
+)
+
+
+def _pv_stored(index: int, feature: int, check: Check | None = None, *, reset: int = 0) -> None:
+    row = stored(index, reset=reset, save=True)
+
+    def read(vcpu: Vcpu, index: int, host: bool) -> int:
+        del host
+        if not guest_pv_has(vcpu, feature):
+            raise unsupported()
+        return vcpu.msrs.get(index)
+
+    row.read = read
+
+    @row.writer
+    def _write(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+        if not guest_pv_has(vcpu, feature):
+            raise unsupported()
+        if check is not None and not check(vcpu, data, host):
+            raise invalid()
+        vcpu.msrs.values[index] = data
+
+
+_STEAL_RESERVED = 0x3E
+# Asynchronous page faults and their interrupt need a local APIC in the kernel.
+_pv_stored(
+    uapi.MSR_KVM_ASYNC_PF_EN, uapi.KVM_FEATURE_ASYNC_PF, lambda vcpu, data, _: vcpu.lapic_in_kernel or not data
+)
+_pv_stored(
+    uapi.MSR_KVM_ASYNC_PF_INT,
+    uapi.KVM_FEATURE_ASYNC_PF_INT,
+    lambda vcpu, data, _: not data >> 8 and vcpu.lapic_in_kernel,
+)
+_pv_stored(uapi.MSR_KVM_STEAL_TIME, uapi.KVM_FEATURE_STEAL_TIME, lambda _v, data, _h: not data & _STEAL_RESERVED)
+_pv_stored(uapi.MSR_KVM_PV_EOI_EN, uapi.KVM_FEATURE_PV_EOI, lambda _v, data, _h: not data & 2)
+_pv_stored(uapi.MSR_KVM_POLL_CONTROL, uapi.KVM_FEATURE_POLL_CONTROL, lambda _v, data, _h: not data >> 1, reset=1)
