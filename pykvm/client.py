@@ -33,6 +33,8 @@ from pykvm.abi.uaccess import address_of
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from pykvm.mmu.view import MmuView, WalkView
+
 PAGE_SIZE = 4096
 
 # ---- what ends a KVM_RUN -----------------------------------------------------------------------
@@ -383,6 +385,19 @@ class Vm(_Fd):
         self._set(uapi.KVM_GET_DIRTY_LOG, log)
         ffi.release(pin)
         return bytes(bitmap)
+
+    @property
+    def mmu(self) -> MmuView:
+        """A view of the fake device's MMU: `pages()`, `rmap(gfn)`, `audit()`, `stat()`.
+
+        Errors:
+            ENOTTY  this is a VM of the real device
+        """
+        return fake.mmu(self.fd)
+
+    def walk(self, vcpu: Vcpu, gla: int) -> WalkView:
+        """Return every level of a linear address through the guest's tables and the MMU's."""
+        return self.mmu.walk(fake.vcpu_of(vcpu.fd), gla)
 
     def set_tss_addr(self, addr: int) -> None:
         """Give KVM three pages of guest physical address space (KVM_SET_TSS_ADDR)."""

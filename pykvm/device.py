@@ -19,6 +19,8 @@ from pykvm.fd import dispatch
 from pykvm.fd.table import fget, is_ours
 from pykvm.kvm.system import System
 from pykvm.kvm.vcpu import Vcpu
+from pykvm.kvm.vm import Vm
+from pykvm.mmu.view import MmuView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -102,10 +104,33 @@ def instructions(fd: int) -> int:
         EBADF, ENOTTY  not a descriptor of pykvm's
         EINVAL         not that of a vCPU
     """
+    return int(vcpu_of(fd).cpu.stats.insns)
+
+
+def vcpu_of(fd: int) -> Vcpu:
+    """Return the object behind a vCPU's descriptor, for those who look inside.
+
+    Errors:
+        EBADF, ENOTTY  not a descriptor of pykvm's
+        EINVAL         not that of a vCPU
+    """
     vcpu = fget(fd).obj
     if not isinstance(vcpu, Vcpu):
         raise KvmError(EINVAL, f"descriptor {fd} is not that of a vCPU")
-    return int(vcpu.cpu.stats.insns)
+    return vcpu
+
+
+def mmu(fd: int) -> MmuView:
+    """Return a view of a VM's MMU: shadow pages, reverse map, walks, audit, statistics.
+
+    Errors:
+        EBADF, ENOTTY  not a descriptor of pykvm's
+        EINVAL         not that of a VM
+    """
+    vm = fget(fd).obj
+    if not isinstance(vm, Vm):
+        raise KvmError(EINVAL, f"descriptor {fd} is not that of a VM")
+    return MmuView(vm)
 
 
 def _address(data: Any) -> int:

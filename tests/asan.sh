@@ -9,4 +9,4 @@ python -m pykvm.abi._build
 LD_PRELOAD="$(cc -print-file-name=libasan.so)" \
     ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allow_user_segv_handler=1 \
     PYTHONMALLOC=malloc \
-    python -m pytest -q -p no:cacheprovider -p no:faulthandler tests/unit tests/guest tests/abi "$@"
+    python -m pytest -q -p no:cacheprovider tests/unit tests/guest tests/abi "$@"

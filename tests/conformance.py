@@ -25,7 +25,9 @@ def build(directory: Path, out: Path) -> Path:
     return probe
 
 
-def compare(directory: Path, actual: Path, *, group: str | None = None, quiet: bool = False) -> tuple[int, str]:
+def compare(
+    directory: Path, actual: Path, *, group: str | None = None, quiet: bool = False
+) -> tuple[int, str]:
     """Return compare.py's exit status and output."""
     command = [sys.executable, str(directory / "compare.py"), str(directory / GOLDEN), str(actual)]
     command += ["--ignore", str(directory / "host_specific.json")]

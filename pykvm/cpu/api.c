@@ -114,6 +114,7 @@ void cpu_skip(struct cpu *cpu)
     g->rflags &= ~X86_EFLAGS_RF;
     if (g->rflags & X86_EFLAGS_TF)
         g->pending_dbg |= DR6_BS;
+    cpu->mtf = CTL(cpu).flags & CPU_SINGLE_STEP;
 }
 
 void cpu_flush_tlb(struct cpu *cpu) { tlb_flush(cpu); }

@@ -20,6 +20,9 @@
 #define ARENA_MAX (32u << 20)
 #define INSN_BYTES 15
 #define LINE_SHIFT 6 /* 64 lines of 64 bytes per page */
+/* So many stores over code in a page, and the page is probably used for something else now: all
+ * of it is forgotten, and then written to at full speed. */
+#define STORES_TO_FORGET 4
 
 struct chunk {
     struct chunk *older;
@@ -29,6 +32,7 @@ struct chunk {
 struct codepage {
     uintptr_t hva;
     u64 lines; /* those with code */
+    u32 stores; /* that hit code */
     struct block *blocks;   /* linked by page_next */
     struct block *crossing; /* that end here, linked by page2_next */
     struct codepage *next;
@@ -206,10 +210,32 @@ static void block_kill(struct cpu *cpu, struct block *b)
     }
 }
 
+/* Kills the blocks with bytes in [hva, hva + len); whether there were any. */
+static bool page_kill(struct cpu *cpu, struct codepage *p, uintptr_t hva, unsigned len)
+{
+    struct block *b, *next;
+    bool any = false;
+
+    for (b = p->blocks; b; b = next) {
+        next = b->page_next;
+        if (!block_overlaps(b, hva, len))
+            continue;
+        block_kill(cpu, b);
+        any = true;
+    }
+    for (b = p->crossing; b; b = next) {
+        next = b->page2_next;
+        if (!block_overlaps(b, hva, len))
+            continue;
+        block_kill(cpu, b);
+        any = true;
+    }
+    return any;
+}
+
 bool block_store(struct cpu *cpu, uintptr_t hva, unsigned len)
 {
     struct codepage *p = page_find(cpu->bc, hva);
-    struct block *b, *next;
 
     if (!p || !(p->lines & line_mask(hva, len)))
         return true;
@@ -218,16 +244,10 @@ bool block_store(struct cpu *cpu, uintptr_t hva, unsigned len)
         cpu->stop = STOP_STEP;
         return false;
     }
-    for (b = p->blocks; b; b = next) {
-        next = b->page_next;
-        if (block_overlaps(b, hva, len))
-            block_kill(cpu, b);
-    }
-    for (b = p->crossing; b; b = next) {
-        next = b->page2_next;
-        if (block_overlaps(b, hva, len))
-            block_kill(cpu, b);
-    }
+    if (!page_kill(cpu, p, hva, len))
+        return true;
+    if (++p->stores % STORES_TO_FORGET == 0)
+        page_kill(cpu, p, p->hva, PAGE_SIZE);
     page_count_lines(p);
     cpu->vmcs.stats.smc++;
     return true;

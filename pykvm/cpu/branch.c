@@ -51,11 +51,12 @@ enum { CONDITIONS(CONDITION_CODE) };
     const struct body b_j##cc = {{[K_RI] = FROM_16(j##cc##_ri)}};
 CONDITIONS(INSN_JCC)
 
-/* In 64-bit mode a fault of the push comes before that of the target: measured. */
+/* A fault of the push comes before that of the target: measured. */
 static SLOW int call_fault(struct cpu *cpu, const struct insn *i)
 {
-    u64 la = GPR(cpu, RSP) - 8;
-    if (i->opsize == 8 && !mem_probe_write(cpu, la, 8, ACC_WRITE | ACC_STACK))
+    u64 la;
+    if (!stack_linear(cpu, sp_add(cpu, GPR(cpu, RSP), -i->opsize), i->opsize, ACC_WRITE, &la) ||
+        !mem_probe_write(cpu, la, i->opsize, ACC_WRITE | ACC_STACK))
         return stop(cpu, i);
     return fault_gp(cpu, i, 0);
 }

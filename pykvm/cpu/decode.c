@@ -664,6 +664,22 @@ int decode_insn(struct cpu *cpu, const u8 *bytes, unsigned n, u32 mode, struct i
     return (int)d.pos;
 }
 
+/* The mnemonic: rows of vector instructions have that of the legacy encoding with 32-bit operands. */
+static void insn_name(const struct insn *i, char *text, size_t size)
+{
+    const char *name = i->op->name;
+    bool vector = i->op->flags & O_SSE;
+    size_t n;
+
+    if (!strcmp(name, "vzeroupper") && i->flags & I_VEXL)
+        name = "vzeroall";
+    snprintf(text, size, "%s%s", vector && i->flags & I_VEX && name[0] != 'v' ? "v" : "", name);
+    n = strlen(text);
+    if (vector && i->opsize == 8 && n < size &&
+        (!strcmp(name, "movd") || !strcmp(name, "pinsrd") || !strcmp(name, "pextrd")))
+        text[n - 1] = 'q';
+}
+
 int cpu_decode(const uint8_t *bytes, int nbytes, int bits, char *mnemonic, int mnemonic_size)
 {
     u32 mode = bits == 64 ? MODE_CODE64 : bits == 32 ? MODE_CODE32 : MODE_CODE16;
@@ -672,6 +688,8 @@ int cpu_decode(const uint8_t *bytes, int nbytes, int bits, char *mnemonic, int m
 
     len = decode_insn(NULL, bytes, nbytes < 0 ? 0 : (unsigned)nbytes, mode | MODE_PE, &i);
     if (mnemonic_size > 0)
-        snprintf(mnemonic, (size_t)mnemonic_size, "%s", len > 0 ? i.op->name : "");
+        snprintf(mnemonic, (size_t)mnemonic_size, "%s", "");
+    if (mnemonic_size > 0 && len > 0)
+        insn_name(&i, mnemonic, (size_t)mnemonic_size);
     return len == TOO_LONG ? 0 : len;
 }

@@ -168,37 +168,56 @@ static bool fix_up(ucontext_t *uc)
     return false;
 }
 
-static const struct insn *insn_at(const struct block *b, u64 p)
+/* Words that are searched for an instruction: not ours, so no sanitizer is asked. */
+#define FOREIGN __attribute__((no_sanitize("address")))
+#define STACK_WORDS 64
+#define NEAR 2048 /* bytes of code */
+
+/* The first of the words that points to an instruction of the block, with that handler if any. */
+static FOREIGN const struct insn *search(const struct block *b, const u64 *words, int n, insn_fn fn)
 {
-    u64 off = p - (u64)(uintptr_t)b->insn;
-    bool inside = off < b->n * sizeof(struct insn) && off % sizeof(struct insn) == 0;
-    return inside ? (const struct insn *)(uintptr_t)p : NULL;
+    for (int k = 0; k < n; k++) {
+        u64 off = words[k] - (u64)(uintptr_t)b->insn;
+        if (off >= b->n * sizeof(struct insn) || off % sizeof(struct insn))
+            continue;
+        const struct insn *i = &b->insn[off / sizeof(struct insn)];
+        if (!fn || i->fn == fn)
+            return i;
+    }
+    return NULL;
+}
+
+/* The last instruction of the block whose handler pc can be in. */
+static const struct insn *by_handler(const struct block *b, u64 pc)
+{
+    const struct insn *found = NULL;
+
+    for (unsigned k = 0; k < b->n; k++) {
+        u64 distance = pc - (u64)(uintptr_t)b->insn[k].fn;
+        if (distance < NEAR && (!found || distance <= pc - (u64)(uintptr_t)found->fn))
+            found = &b->insn[k];
+    }
+    return found;
 }
 
 /*
- * The instruction whose handler faulted: the handler still needs its second argument, so it is
- * in a register or, when the access was in a function it called, on the stack.  An instruction
- * that ends the block may need it no more.
+ * The instruction whose handler faulted: a handler needs its second argument until the end, so
+ * it is in a register or, when the access was in a function that it called, on the stack.  Only
+ * one that ends the block may need it no more, and then its code says who it is.
  */
 static const struct insn *find_insn(const struct block *b, const ucontext_t *uc)
 {
-    static const int likely_regs[] = {REG_RSI, REG_RBX, REG_RBP, REG_R12, REG_R13,
-                                      REG_R14, REG_R15, REG_RAX, REG_RCX, REG_RDX,
-                                      REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11};
-    const struct insn *i;
+    const u64 *regs = (const u64 *)uc->uc_mcontext.gregs;
+    const u64 *stack = (const u64 *)(uintptr_t)(regs[REG_RSP] & ~7ull);
+    const struct insn *here = by_handler(b, regs[REG_RIP]), *i;
+    insn_fn fn = here ? here->fn : NULL;
 
-    for (size_t k = 0; k < sizeof(likely_regs) / sizeof(*likely_regs); k++) {
-        i = insn_at(b, (u64)uc->uc_mcontext.gregs[likely_regs[k]]);
-        if (i)
-            return i;
-    }
-    const u64 *sp = (const u64 *)(uintptr_t)(uc->uc_mcontext.gregs[REG_RSP] & ~7ll);
-    for (int k = 0; k < 64; k++) {
-        i = insn_at(b, sp[k]);
-        if (i)
-            return i;
-    }
-    return b->n ? &b->insn[b->n - 1] : NULL;
+    if ((i = search(b, regs, REG_RSP, fn)) || (i = search(b, regs, REG_RSP, NULL)))
+        return i;
+    if (here)
+        return (i = search(b, stack, STACK_WORDS, fn)) ? i : here;
+    i = search(b, stack, STACK_WORDS, NULL);
+    return i ? i : &b->insn[b->n - 1];
 }
 
 static void chain(int index, int sig, siginfo_t *info, void *uc)

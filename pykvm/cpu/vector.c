@@ -140,29 +140,34 @@ static void take_sigfpe(sigset_t *blocked)
     pthread_sigmask(SIG_UNBLOCK, &fpe, blocked);
 }
 
-/* Executes *alone with the guest's very MXCSR, and gives its flags to it. true: #XM. */
+/* false: it trapped. In a function of its own: sigsetjmp() is hard on local variables. */
+static __attribute__((noinline)) bool execute_trapping(struct cpu *cpu, insn_fn fn,
+                                                       const struct insn *alone)
+{
+    if (sigsetjmp(trap, 0))
+        return false;
+    trap_armed = 1;
+    __builtin_ia32_ldmxcsr(GUEST(cpu).fpu.mxcsr);
+    fn(cpu, alone);
+    trap_mxcsr = __builtin_ia32_stmxcsr();
+    return true;
+}
+
+/* Executes *alone with the guest's very MXCSR, and gives its flags to it. false: #XM. */
 static bool execute_unmasked(struct cpu *cpu, insn_fn fn, const struct insn *alone)
 {
-    u32 *mxcsr = &GUEST(cpu).fpu.mxcsr, flags;
+    u32 *mxcsr = &GUEST(cpu).fpu.mxcsr;
     sigset_t blocked;
-    bool trapped = true;
+    bool completed;
 
     take_sigfpe(&blocked);
-    if (!sigsetjmp(trap, 0)) {
-        trap_armed = 1;
-        __builtin_ia32_ldmxcsr(*mxcsr);
-        fn(cpu, alone);
-        flags = __builtin_ia32_stmxcsr();
-        trapped = false;
-    } else {
-        flags = trap_mxcsr;
-    }
+    completed = execute_trapping(cpu, fn, alone);
     __builtin_ia32_ldmxcsr(mxcsr_for_host(*mxcsr));
     trap_armed = 0;
     pthread_sigmask(SIG_SETMASK, &blocked, NULL);
-    *mxcsr |= flags & MXCSR_FLAGS;
+    *mxcsr |= trap_mxcsr & MXCSR_FLAGS;
     __builtin_ia32_ldmxcsr(mxcsr_for_host(*mxcsr));
-    return trapped;
+    return completed;
 }
 
 void mxcsr_recover(struct cpu *cpu)
@@ -213,9 +218,15 @@ static int x_vector_checked(struct cpu *cpu, const struct insn *i)
     insn_fn fn = handler_of(i, i->flags & I_MEM && !store ? K_RM : K_RR);
     struct cpu_fpu *fpu = &GUEST(cpu).fpu;
     u32 flags, unmasked;
+    u64 la;
 
-    if (store)
+    if (store) {
+        unsigned size = i->flags & I_VEXL ? 16 : 8;
+        if (!v_linear(cpu, i, size, 1, ACC_WRITE, &la) ||
+            !mem_probe_write(cpu, la, size, ea_access(i)))
+            return stop(cpu, i); /* before #XM */
         alone->vd = V_SCRATCH;
+    }
     mxcsr_sync(cpu);
     unmasked = ~fpu->mxcsr >> MXCSR_MASKS_SHIFT & MXCSR_FLAGS;
     struct before before = save_before(cpu, alone);
@@ -228,7 +239,7 @@ static int x_vector_checked(struct cpu *cpu, const struct insn *i)
     __builtin_ia32_ldmxcsr(mxcsr_for_host(fpu->mxcsr) | flags);
     if (unmasked & (flags | MXCSR_UE)) {
         restore_before(cpu, alone, &before);
-        if (execute_unmasked(cpu, fn, alone)) {
+        if (!execute_unmasked(cpu, fn, alone)) {
             restore_before(cpu, alone, &before);
             return raise_xm(cpu, i);
         }

@@ -3,8 +3,9 @@
  * FXSAVE and FXRSTOR, and the XSAVE family: state components 0 (x87), 1 (SSE), 2 (AVX) and
  * 9 (PKRU) in the standard and the compacted format.
  *
- * All of an area that is written is looked at before the first byte is; all that is loaded is
- * read and checked before a register changes.
+ * The whole area of the components asked for must be there, initial or not (but for XRSTOR from
+ * the compacted format), and is looked at before the first byte is written; all that is loaded
+ * is read and checked before a register changes.
  *
  * XINUSE is what the registers hold: a component is in use when it is not in its initial
  * configuration.  The modified optimisation of XSAVEOPT and XSAVES does not exist.
@@ -112,50 +113,12 @@ static void add_piece(struct pieces *s, u32 offset, u32 size, void *data)
     s->p[s->n++] = (struct piece){offset, size, data};
 }
 
-static u32 extent(const struct pieces *s)
-{
-    u32 end = 0;
-    for (unsigned k = 0; k < s->n; k++)
-        if (s->p[k].offset + s->p[k].size > end)
-            end = s->p[k].offset + s->p[k].size;
-    return end;
-}
-
 static bool area_linear(struct cpu *cpu, const struct insn *i, u32 size, u32 align, unsigned access,
                         u64 *la)
 {
     if (!ea_linear(cpu, i, size, access, la))
         return false;
     return !(*la & (align - 1)) || raise_gp(cpu, 0);
-}
-
-static bool write_pieces(struct cpu *cpu, const struct insn *i, const struct pieces *s)
-{
-    u64 la;
-
-    if (!area_linear(cpu, i, extent(s), 64, ACC_WRITE, &la))
-        return false;
-    for (unsigned k = 0; k < s->n; k++)
-        if (!mem_probe_write(cpu, la + s->p[k].offset, s->p[k].size, ea_access(i)))
-            return false;
-    for (unsigned k = 0; k < s->n; k++)
-        if (!mem_write(cpu, la + s->p[k].offset, s->p[k].data, s->p[k].size, ea_access(i)))
-            return false;
-    return true;
-}
-
-static bool read_pieces(struct cpu *cpu, const struct insn *i, const struct pieces *s)
-{
-    u64 la;
-
-    if (!s->n)
-        return true;
-    if (!area_linear(cpu, i, extent(s), 64, ACC_READ, &la))
-        return false;
-    for (unsigned k = 0; k < s->n; k++)
-        if (!mem_read(cpu, la + s->p[k].offset, s->p[k].data, s->p[k].size, ea_access(i)))
-            return false;
-    return true;
 }
 
 /* Where component n is in an area of that format; compacted: by the bits of XCOMP_BV. */
@@ -168,6 +131,54 @@ static u32 component_offset(unsigned n, u64 xcomp_bv)
     for (unsigned k = COMPONENT_AVX; k < n; k++)
         offset += xcomp_bv >> k & 1 ? components[k].size : 0;
     return offset;
+}
+
+/* The end of the area for these components. */
+static u32 area_size(u64 mask, u64 xcomp_bv)
+{
+    u32 size = EXTENDED_OFFSET;
+
+    for (unsigned n = COMPONENT_AVX; n < NR_COMPONENTS; n++)
+        if (mask >> n & 1)
+            size = component_offset(n, xcomp_bv) + components[n].size;
+    return size;
+}
+
+static bool write_pieces(struct cpu *cpu, const struct insn *i, u64 la, u32 size,
+                         const struct pieces *s)
+{
+    if (!mem_probe_write(cpu, la, size, ea_access(i)))
+        return false;
+    for (unsigned k = 0; k < s->n; k++)
+        if (!mem_write(cpu, la + s->p[k].offset, s->p[k].data, s->p[k].size, ea_access(i)))
+            return false;
+    return true;
+}
+
+static bool read_piece(struct cpu *cpu, const struct insn *i, u64 la, u32 offset, u32 size, void *p)
+{
+    return mem_read(cpu, la + offset, p, size, ea_access(i));
+}
+
+static bool read_pieces(struct cpu *cpu, const struct insn *i, u64 la, u32 size,
+                        const struct pieces *s)
+{
+    u8 last;
+
+    if (!read_piece(cpu, i, la, size - 1, 1, &last))
+        return false;
+    for (unsigned k = 0; k < s->n; k++)
+        if (!read_piece(cpu, i, la, s->p[k].offset, s->p[k].size, s->p[k].data))
+            return false;
+    return true;
+}
+
+/* The area begins on the first of its two pages. */
+static bool read_header(struct cpu *cpu, const struct insn *i, u64 la, struct header *h)
+{
+    u8 first;
+    return read_piece(cpu, i, la, 0, 1, &first) &&
+           read_piece(cpu, i, la, HEADER_OFFSET, sizeof(*h), h);
 }
 
 /* The pieces of the components in `mask`; that of the x87 component in two, around MXCSR. */
@@ -325,23 +336,24 @@ static u64 requested(const struct cpu *cpu, bool supervisor)
 
 static int xsave_standard(struct cpu *cpu, const struct insn *i, bool optimized)
 {
-    struct pieces old = {0}, s = {0};
+    u64 rfbm = requested(cpu, false), inuse, la;
+    u32 size = area_size(rfbm, 0);
+    struct pieces s = {0};
+    struct header h;
     struct extended e;
     struct legacy l;
-    u64 rfbm, inuse, xstate_bv;
 
-    add_piece(&old, HEADER_OFFSET, 8, &xstate_bv);
-    if (!is_x_usable(cpu, false) || !read_pieces(cpu, i, &old))
+    if (!is_x_usable(cpu, false) || !area_linear(cpu, i, size, 64, ACC_WRITE, &la) ||
+        !read_piece(cpu, i, la, HEADER_OFFSET, 8, &h.xstate_bv))
         return stop(cpu, i);
-    rfbm = requested(cpu, false);
     inuse = fpu_xinuse(cpu);
     get_registers(cpu, i, &l, &e);
-    xstate_bv = (xstate_bv & ~rfbm) | (rfbm & inuse);
+    h.xstate_bv = (h.xstate_bv & ~rfbm) | (rfbm & inuse);
     add_components(cpu, &s, optimized ? rfbm & inuse : rfbm, 0, &l, &e);
     if (rfbm & (XFEATURE_MASK_SSE | XFEATURE_MASK_YMM))
         add_piece(&s, OFFSET_MXCSR, 8, &l.mxcsr);
-    add_piece(&s, HEADER_OFFSET, 8, &xstate_bv);
-    if (!write_pieces(cpu, i, &s))
+    add_piece(&s, HEADER_OFFSET, 8, &h.xstate_bv);
+    if (!write_pieces(cpu, i, la, size, &s))
         return stop(cpu, i);
     NEXT(cpu, i);
 }
@@ -351,15 +363,15 @@ int x_xsaveopt(struct cpu *cpu, const struct insn *i) { return xsave_standard(cp
 
 static int xsave_compacted(struct cpu *cpu, const struct insn *i, bool supervisor)
 {
+    u64 rfbm = requested(cpu, supervisor), la;
+    u32 size = area_size(rfbm, rfbm | COMPACTED);
     struct pieces s = {0};
     struct header h;
     struct extended e;
     struct legacy l;
-    u64 rfbm;
 
-    if (!is_x_usable(cpu, supervisor))
+    if (!is_x_usable(cpu, supervisor) || !area_linear(cpu, i, size, 64, ACC_WRITE, &la))
         return stop(cpu, i);
-    rfbm = requested(cpu, supervisor);
     h.xcomp_bv = rfbm | COMPACTED;
     h.xstate_bv = rfbm & fpu_xinuse(cpu);
     get_registers(cpu, i, &l, &e);
@@ -370,7 +382,7 @@ static int xsave_compacted(struct cpu *cpu, const struct insn *i, bool superviso
     if (h.xstate_bv & XFEATURE_MASK_SSE)
         add_piece(&s, OFFSET_MXCSR, 8, &l.mxcsr);
     add_piece(&s, HEADER_OFFSET, 16, &h);
-    if (!write_pieces(cpu, i, &s))
+    if (!write_pieces(cpu, i, la, size, &s))
         return stop(cpu, i);
     NEXT(cpu, i);
 }
@@ -408,34 +420,38 @@ static void load_components(struct cpu *cpu, const struct insn *i, u64 rfbm, con
         set_pkru(cpu, (u32)e->pkru);
 }
 
+/* Is MXCSR loaded? In the standard format it is there whatever XSTATE_BV says. */
+static bool has_mxcsr(const struct header *h, u64 rfbm)
+{
+    if (h->xcomp_bv & COMPACTED)
+        return rfbm & h->xstate_bv & XFEATURE_MASK_SSE;
+    return rfbm & (XFEATURE_MASK_SSE | XFEATURE_MASK_YMM);
+}
+
 static int xrstor(struct cpu *cpu, const struct insn *i, bool supervisor)
 {
     struct legacy l = {.fcw = FCW_INIT, .mxcsr = MXCSR_INIT};
+    u64 rfbm = requested(cpu, supervisor), la;
     struct extended e = {.pkru = 0};
     struct pieces s = {0};
     struct header h;
-    u64 rfbm, saved, mxcsr;
+    u32 size;
 
-    add_piece(&s, HEADER_OFFSET, sizeof(h), &h);
-    if (!is_x_usable(cpu, supervisor) || !read_pieces(cpu, i, &s))
+    if (!is_x_usable(cpu, supervisor) ||
+        !area_linear(cpu, i, area_size(rfbm, 0), 64, ACC_READ, &la) || !read_header(cpu, i, la, &h))
         return stop(cpu, i);
     if (!is_header_valid(cpu, &h, supervisor))
         return fault_gp(cpu, i, 0);
-    rfbm = requested(cpu, supervisor);
-    saved = rfbm & h.xstate_bv;
-    s.n = 0;
-    add_components(cpu, &s, saved, h.xcomp_bv, &l, &e);
-    /* In the standard format MXCSR is there whatever XSTATE_BV says. */
-    mxcsr = h.xcomp_bv & COMPACTED ? saved & XFEATURE_MASK_SSE
-                                   : rfbm & (XFEATURE_MASK_SSE | XFEATURE_MASK_YMM);
-    if (mxcsr)
+    add_components(cpu, &s, rfbm & h.xstate_bv, h.xcomp_bv, &l, &e);
+    if (has_mxcsr(&h, rfbm))
         add_piece(&s, OFFSET_MXCSR, 4, &l.mxcsr);
-    if (!read_pieces(cpu, i, &s))
+    size = area_size(h.xcomp_bv & COMPACTED ? rfbm & h.xstate_bv : rfbm, h.xcomp_bv);
+    if (!read_pieces(cpu, i, la, size, &s))
         return stop(cpu, i);
     if (l.mxcsr & ~MXCSR_MASK)
         return fault_gp(cpu, i, 0);
     load_components(cpu, i, rfbm, &l, &e);
-    if (mxcsr || rfbm & XFEATURE_MASK_SSE)
+    if (rfbm & XFEATURE_MASK_SSE || has_mxcsr(&h, rfbm))
         GUEST(cpu).fpu.mxcsr = l.mxcsr;
     else
         mxcsr_sync(cpu);

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 strict_errors = False
 _IMPLIED = frozenset({"EFAULT", "ENOMEM"})
 
+_fget = table.fget
+_lookup = REGISTRY.get
+
 
 def ioctl(fd: int, request: int, arg: int = 0, memory: UserMemory = PROCESS) -> int:
     """Do on a KVM descriptor what the system call of that name does.
@@ -34,30 +37,23 @@ def ioctl(fd: int, request: int, arg: int = 0, memory: UserMemory = PROCESS) -> 
 
 
 def _ioctl(fd: int, request: int, arg: int, memory: UserMemory) -> int:
-    file = table.fget(fd)
+    file = _fget(fd)
     file.inflight.append(None)
     try:
         if file.released:
             raise KvmError(EBADF, f"descriptor {fd} was closed just now")
         kind = file.kind
-        if kind == "system":
-            return _call(REGISTRY.get((kind, request)), kind, request, file.obj, arg, memory)
-        _check_owner(file)
-        if kind == "vcpu":
-            obj: Any = file.obj
-            with obj.mutex:
-                return _call(REGISTRY.get((kind, request)), kind, request, obj, arg, memory)
-        return _call(REGISTRY.get((kind, request)), kind, request, file.obj, arg, memory)
+        # kvm_main.c: vm, vcpu and device ioctls belong to the address space that made the VM.
+        if kind != "system" and file.mm != table.current_mm():
+            raise KvmError(EIO, "the VM belongs to another process: this one was forked from it")
+        obj: Any = file.obj
+        row = _lookup((kind, request))
+        if kind != "vcpu":
+            return _call(row, kind, request, obj, arg, memory)
+        with obj.mutex:
+            return _call(row, kind, request, obj, arg, memory)
     finally:
         file.inflight.pop()
-
-
-def _check_owner(file: File) -> None:
-    # kvm_main.c: vm, vcpu and device ioctls belong to the address space that made the VM.
-    if file.mm != table.current_mm():
-        raise KvmError(EIO, "the VM belongs to another process: this one was forked from it")
-    if getattr(file.obj, "vm_dead", False):
-        raise KvmError(EIO, "the VM is dead")
 
 
 def _call(row: Ioctl | None, kind: str, request: int, obj: object, arg: int, memory: UserMemory) -> int:

@@ -79,6 +79,7 @@ class _Table:
 _table = _Table()
 os.register_at_fork(after_in_child=_table.after_fork_in_child)
 _file_inode = lib.file_inode
+_files_get = _table.files.get
 
 
 def current_mm() -> int:
@@ -91,8 +92,11 @@ def fget(fd: int) -> File:
 
     Raises EBADF when there is no such descriptor, ENOTTY when it is not one of pykvm's.
     """
-    inode = _file_inode(fd) if -1 < fd < 1 << 31 else -1
-    file = _table.files.get(inode)
+    try:
+        inode = _file_inode(fd)
+    except OverflowError:
+        inode = -1
+    file = _files_get(inode)
     if file is not None:
         return file
     reap()

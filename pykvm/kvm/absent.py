@@ -39,7 +39,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "KVM_IRQ_LINE_STATUS",
             "KVM_GET_IRQCHIP",
             "KVM_SET_IRQCHIP",
-            "KVM_SET_GSI_ROUTING",
             "KVM_SIGNAL_MSI",
         ),
         _PIT: (
@@ -56,7 +55,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         _COALESCED: ("KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"),
         "the dirty ring comes with a later issue": ("KVM_RESET_DIRTY_RINGS",),
         "devices come with a later issue": ("KVM_CREATE_DEVICE",),
-        "the MSR filter comes with a later issue": ("KVM_X86_SET_MSR_FILTER",),
         _STATS: ("KVM_GET_STATS_FD",),
         _PMU: ("KVM_SET_PMU_EVENT_FILTER",),
         _HYPERV: ("KVM_HYPERV_EVENTFD",),

@@ -185,13 +185,14 @@ class VcpuClock:
 
 def scale_tsc(vcpu: Vcpu, host_tsc: int) -> int:
     """Return a host TSC value at the vCPU's frequency, without its offset."""
-    ratio = vcpu.cpu.ctl.tsc_ratio
-    return (host_tsc * ratio >> _RATIO_BITS) & _MASK64 if ratio else host_tsc
+    ratio: int = vcpu.cpu.ctl.tsc_ratio
+    return host_tsc * ratio >> _RATIO_BITS & _MASK64 if ratio else host_tsc
 
 
 def read_tsc(vcpu: Vcpu) -> int:
     """Return the guest's TSC now."""
-    return (scale_tsc(vcpu, lib.host_tsc()) + vcpu.cpu.ctl.tsc_offset) & _MASK64
+    offset: int = vcpu.cpu.ctl.tsc_offset
+    return (scale_tsc(vcpu, lib.host_tsc()) + offset) & _MASK64
 
 
 def set_tsc_khz_of(vcpu: Vcpu, khz: int) -> None:

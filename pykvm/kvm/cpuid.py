@@ -7,7 +7,7 @@ instructions that are undefined without their bit derive from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from errno import E2BIG, EINVAL
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -16,8 +16,11 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import Array, ArrayArg, system_ioctl, vcpu_ioctl
 from pykvm.kvm.exits import RESUME, Outcome, get_cpl, on_exit
+from pykvm.kvm.quirks import has_quirk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pykvm.kvm.system import System
     from pykvm.kvm.vcpu import Vcpu
 
@@ -32,7 +35,8 @@ Registers: TypeAlias = tuple[int, int, int, int]
 _NONE: Registers = (0, 0, 0, 0)
 
 
-class Word(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Word:
     """A register of a leaf that holds feature bits; `ctl`: its place in ctl.cpuid[], if it has one."""
 
     function: int
@@ -77,10 +81,19 @@ class Feature(NamedTuple):
 
 
 FEATURES = (
+    Feature("SSE3", "1_ECX", ("addsubps", "haddpd", "lddqu", "movddup", "movshdup")),
+    Feature("PCLMULQDQ", "1_ECX", ("pclmulqdq",)),
+    Feature("SSSE3", "1_ECX", ("pshufb", "palignr", "pabsd", "phaddw")),
+    Feature("FMA", "1_ECX", ("vfmadd132ps", "vfnmsub231sd")),
     Feature("PCID", "1_ECX"),
     Feature("CX16", "1_ECX", ("cmpxchg16b",)),
+    Feature("SSE4_1", "1_ECX", ("pblendvb", "ptest", "roundsd", "dpps", "pmulld", "insertps")),
+    Feature("SSE4_2", "1_ECX", ("pcmpestri", "pcmpistrm", "pcmpgtq", "crc32")),
     Feature("MOVBE", "1_ECX", ("movbe",)),
     Feature("POPCNT", "1_ECX", ("popcnt",)),
+    Feature("AES", "1_ECX", ("aesenc", "aesdeclast", "aesimc", "aeskeygenassist")),
+    Feature("AVX", "1_ECX", ("vbroadcastss", "vperm2f128", "vmaskmovps", "vzeroupper")),
+    Feature("F16C", "1_ECX", ("vcvtph2ps", "vcvtps2ph")),
     Feature("RDRAND", "1_ECX", ("rdrand",), gated=True),
     Feature("HYPERVISOR", "1_ECX"),
     Feature("DE", "1_EDX"),
@@ -99,10 +112,13 @@ FEATURES = (
     Feature("PAT", "1_EDX"),
     Feature("PSE36", "1_EDX"),
     Feature("CLFLUSH", "1_EDX", ("clflush",)),
+    Feature("SSE", "1_EDX", ("movaps", "addss", "ldmxcsr", "stmxcsr", "movntps")),
+    Feature("SSE2", "1_EDX", ("movdqa", "addsd", "paddd", "maskmovdqu", "movnti")),
     Feature("ARAT", "6_EAX"),
     Feature("FSGSBASE", "7_EBX", ("rdfsbase", "rdgsbase", "wrfsbase", "wrgsbase")),
     Feature("TSC_ADJUST", "7_EBX"),
     Feature("BMI1", "7_EBX", ("andn", "bextr", "blsi", "blsmsk", "blsr", "tzcnt")),
+    Feature("AVX2", "7_EBX", ("vpbroadcastb", "vpgatherdd", "vpermq", "vpsllvd")),
     Feature("SMEP", "7_EBX"),
     Feature("BMI2", "7_EBX", ("bzhi", "mulx", "pdep", "pext", "rorx", "sarx", "shlx", "shrx")),
     Feature("ERMS", "7_EBX"),
@@ -112,6 +128,7 @@ FEATURES = (
     Feature("SMAP", "7_EBX", ("clac", "stac")),
     Feature("CLFLUSHOPT", "7_EBX", ("clflushopt",)),
     Feature("CLWB", "7_EBX", ("clwb",)),
+    Feature("SHA_NI", "7_EBX", ("sha1rnds4", "sha256rnds2", "sha256msg1")),
     Feature("UMIP", "7_ECX"),
     Feature("RDPID", "7_ECX", ("rdpid",), gated=True),
     Feature("FSRM", "7_EDX"),
@@ -134,7 +151,13 @@ def _bits(word: str, *, gated: bool | None = None) -> int:
     return sum(1 << f.bit for f in FEATURES if f.word == word and gated in {None, f.gated})
 
 
-SUPPORTED = {word: _bits(word) for word in WORDS}
+def _host(word: Word) -> int:
+    """Return the bits this host's processor leaves: vector instructions are executed by its own."""
+    allowed: int = 0xFFFF_FFFF if word.ctl is None else lib.cpu_host_features(word.ctl)
+    return allowed
+
+
+SUPPORTED = {name: _bits(name) & _host(word) for name, word in WORDS.items()}
 _GATED = {word: _bits(word, gated=True) for word in WORDS}
 # State components of XSAVE, should it be offered; x87 is always there.
 SUPPORTED_XCR0 = uapi.XFEATURE_MASK_FP
@@ -237,8 +260,9 @@ _SUBLEAVES: dict[int, tuple[Registers, ...]] = {
 }
 
 
-class Entry(NamedTuple):
-    """struct kvm_cpuid_entry2 as Python values."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One leaf: struct kvm_cpuid_entry2 as Python values."""
 
     function: int
     index: int
@@ -423,9 +447,13 @@ def after_set_cpuid(vcpu: Vcpu) -> None:
 def runtime(vcpu: Vcpu, entry: Entry) -> Entry:
     """Return an entry with the bits that follow the processor's state (kvm_update_cpuid_runtime)."""
     guest = vcpu.cpu.guest
-    function, index, flags, (eax, ebx, ecx, edx) = entry
+    function, index = entry.function, entry.index
+    eax, ebx, ecx, edx = entry.registers
     if function == 1:
         ecx = _with_bit(ecx, uapi.CPUID_1_ECX_OSXSAVE, on=bool(guest.cr4 & uapi.X86_CR4_OSXSAVE))
+        if not has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
+            mwait = vcpu.msrs.get(uapi.MSR_IA32_MISC_ENABLE) & uapi.MSR_IA32_MISC_ENABLE_MWAIT
+            ecx = _with_bit(ecx, uapi.CPUID_1_ECX_MONITOR, on=bool(mwait))
         edx = _with_bit(edx, uapi.CPUID_1_EDX_APIC, on=bool(vcpu.apic_base & uapi.MSR_IA32_APICBASE_ENABLE))
     elif function == 7 and index == 0:
         ecx = _with_bit(ecx, uapi.CPUID_7_ECX_OSPKE, on=bool(guest.cr4 & uapi.X86_CR4_PKE))
@@ -435,7 +463,7 @@ def runtime(vcpu: Vcpu, entry: Entry) -> Entry:
         ebx = xstate_required_size(guest.xcr0 | guest.xss, compacted=True)
     else:
         return entry
-    return Entry(function, index, flags, (eax, ebx, ecx, edx))
+    return replace(entry, registers=(eax, ebx, ecx, edx))
 
 
 def _with_bit(value: int, bit: int, *, on: bool) -> int:
@@ -457,9 +485,8 @@ def xstate_required_size(xstate_bv: int, *, compacted: bool) -> int:
 
 
 def _take(entries: CData, n: int) -> tuple[Entry, ...]:
-    return tuple(
-        Entry(e.function, e.index, e.flags, (e.eax, e.ebx, e.ecx, e.edx)) for e in (entries[at] for at in range(n))
-    )
+    given = (entries[at] for at in range(n))
+    return tuple(Entry(e.function, e.index, e.flags, (e.eax, e.ebx, e.ecx, e.edx)) for e in given)
 
 
 def _set_cpuid(vcpu: Vcpu, entries: tuple[Entry, ...]) -> int:

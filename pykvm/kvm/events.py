@@ -183,7 +183,6 @@ class Events:
 
         Source: x86.c kvm_check_and_inject_events
         """
-        self.requested = False
         can_inject = not self.needs_reinjection()
         if self.exception_injected:
             self._enter_with_exception(vcpu)

@@ -8,17 +8,20 @@ USERSPACE with kvm_run filled.  What has to be done when the client comes back i
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from errno import EFAULT
+from errno import EFAULT, EINVAL
 from typing import TYPE_CHECKING, TypeAlias
 
 from pykvm import trace
 from pykvm.abi import Gpa, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
+from pykvm.kvm.caps import Args, vm_cap
 from pykvm.mmu import RetPf
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pykvm.kvm.vcpu import Vcpu
+    from pykvm.kvm.vm import Vm
 
 
 class Outcome(enum.Enum):
@@ -86,9 +89,11 @@ def on_exit(reason: int) -> Callable[[Handler], Handler]:
 def linear_rip(vcpu: Vcpu) -> int:
     """Return the linear address of rip (kvm_get_linear_rip)."""
     guest = vcpu.cpu.guest
+    rip: int = guest.rip
     if is_64_bit_mode(vcpu):
-        return int(guest.rip)
-    return (guest.seg[lib.CPU_SEG_CS].base + guest.rip) & 0xFFFF_FFFF
+        return rip
+    base: int = guest.seg[lib.CPU_SEG_CS].base
+    return (base + rip) & 0xFFFF_FFFF
 
 
 def is_64_bit_mode(vcpu: Vcpu) -> bool:
@@ -195,6 +200,20 @@ def emulation_failure(vcpu: Vcpu) -> Outcome:
         run.internal.data[at] = value
     failure.ndata = start + len(info)
     return USERSPACE
+
+
+@vm_cap("KVM_CAP_EXIT_ON_EMULATION_FAILURE")
+def enable_exit_on_emulation_failure(vm: Vm, args: Args) -> int:
+    """Have what cannot be executed always exit, without #UD: args[0] on (1) or off (0).
+
+    Errors:
+        EINVAL  another value
+    Source: api.rst 7.26
+    """
+    if args[0] & ~1:
+        raise KvmError(EINVAL, f"args[0] is {args[0]:#x}, must be 0 or 1")
+    vm.exit_on_emulation_error = bool(args[0])
+    return 0
 
 
 def memory_fault(vcpu: Vcpu, gpa: int, size: int, flags: int) -> None:

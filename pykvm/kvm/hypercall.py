@@ -6,6 +6,7 @@ other vendor's instruction.
 
 from __future__ import annotations
 
+from errno import EINVAL
 from typing import TYPE_CHECKING
 
 from pykvm import trace
@@ -13,14 +14,13 @@ from pykvm.abi import lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.kvm.caps import Args, vcpu_cap, vm_cap
 from pykvm.kvm.exits import RESUME, USERSPACE, Outcome, get_cpl, is_64_bit_mode, on_exit, rip_moved
-from pykvm.kvm.msr import guest_pv_has
+from pykvm.kvm.msr_pv import guest_pv_has
+from pykvm.kvm.quirks import has_quirk
 
 if TYPE_CHECKING:
     from pykvm.kvm.system import System
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
-
-from errno import EINVAL
 
 _MASK32 = 0xFFFF_FFFF
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -42,7 +42,7 @@ def handle_vmcall(vcpu: Vcpu) -> Outcome:
     if vcpu.osi_enabled and magic:
         return _osi_exit(vcpu)
     patched = vcpu.cpu.exit.qualification == _VMMCALL
-    if patched and vcpu.vm.disabled_quirks & uapi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN:
+    if patched and not has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN):
         vcpu.events.queue_exception(vcpu, uapi.UD_VECTOR)
         return RESUME
     mask = _MASK64 if is_64_bit_mode(vcpu) else _MASK32

@@ -21,6 +21,7 @@ from pykvm.kvm.exits import (
     on_exit,
     rip_moved,
 )
+from pykvm.kvm.quirks import has_quirk
 
 if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
@@ -48,7 +49,6 @@ _GPA = struct.Struct("<Q")
 _PIO_DATA = uapi.KVM_PIO_PAGE_OFFSET * 4096
 _CTL_PIO_DATA = ffi.offsetof("struct vmcs", "ctl", "pio_data")
 _CTL_MMIO = ffi.offsetof("struct vmcs", "ctl", "mmio")
-assert ffi.sizeof("struct cpu_exit_io") == _CPU_IO.size
 
 _IO = uapi.KVM_EXIT_IO
 _MMIO = uapi.KVM_EXIT_MMIO
@@ -110,7 +110,7 @@ def _pio_out(vcpu: Vcpu, port: int, size: int, data: int, string: int) -> Outcom
     if trace.kvm_pio.enabled:
         trace.kvm_pio(direction="write", port=port, size=size, count=1, val=data)
     if not string:
-        if port == _PORT_7E and not vcpu.vm.disabled_quirks & uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP:
+        if port == _PORT_7E and has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
             vcpu.cpu.skip()
         else:
             vcpu.complete_userspace_io = _complete_pio_out

@@ -9,7 +9,7 @@ from pykvm.abi import CData, ffi, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, Out, system_ioctl, vcpu_ioctl
 from pykvm.kvm.caps import capability
-from pykvm.kvm.msr import KVM_MAX_MCE_BANKS
+from pykvm.kvm.msr import KVM_MAX_MCE_BANKS, fixed, invalid, msr, stored
 
 if TYPE_CHECKING:
     from pykvm.kvm.system import System
@@ -25,6 +25,106 @@ capability("KVM_CAP_MCE", KVM_MAX_MCE_BANKS)
 
 def _bank_msr(bank: int, member: int) -> int:
     return uapi.MSR_IA32_MC0_CTL + 4 * bank + member
+
+
+# ---- registers ------------------------------------------------------------------------------------
+
+_MCI_CTL2_VALID = 1 << 30 | 0x7FFF  # CMCI enable and threshold
+_HWCR_MC_STATUS_WRITE_ENABLE = 1 << 18
+# Bits that clients have asked to set or clear with no effect: x86.c kvm_set_msr_common.
+_HWCR_IGNORED = 1 << 3 | 1 << 6 | 1 << 8
+_HWCR_VALID = _HWCR_MC_STATUS_WRITE_ENABLE | 1 << 24
+
+fixed(uapi.MSR_IA32_P5_MC_ADDR, uapi.MSR_IA32_P5_MC_TYPE)
+stored(uapi.MSR_IA32_MCG_STATUS, save=True)
+
+
+@msr(uapi.MSR_IA32_MCG_CAP)
+def mcg_cap(vcpu: Vcpu, index: int, host: bool) -> int:
+    """How many banks there are, and what machine checks can do."""
+    del index, host
+    return vcpu.msrs.mcg_cap
+
+
+@msr(uapi.MSR_IA32_MCG_CTL, save=True)
+def mcg_ctl(vcpu: Vcpu, index: int, host: bool) -> int:
+    """Reporting of machine checks: all or nothing."""
+    if not vcpu.msrs.mcg_cap & uapi.MCG_CTL_P and not host:
+        raise invalid()
+    return vcpu.msrs.get(index)
+
+
+@mcg_ctl.writer
+def _write_mcg_ctl(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+    if not vcpu.msrs.mcg_cap & uapi.MCG_CTL_P and (data or not host):
+        raise invalid()
+    if data not in {0, _MASK64}:
+        raise invalid()
+    vcpu.msrs.values[index] = data
+
+
+def _check_bank(vcpu: Vcpu, bank: int) -> None:
+    if bank >= vcpu.msrs.mcg_cap & uapi.MCG_BANKCNT_MASK:
+        raise invalid()
+
+
+@msr(*range(uapi.MSR_IA32_MC0_CTL, uapi.MSR_IA32_MC0_CTL + 4 * KVM_MAX_MCE_BANKS))
+def mc_bank(vcpu: Vcpu, index: int, host: bool) -> int:
+    """Control, status, address and miscellany of a bank."""
+    del host
+    _check_bank(vcpu, index - uapi.MSR_IA32_MC0_CTL >> 2)
+    return vcpu.msrs.get(index)
+
+
+@mc_bank.writer
+def _write_mc_bank(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+    bank, member = divmod(index - uapi.MSR_IA32_MC0_CTL, 4)
+    _check_bank(vcpu, bank)
+    # Bits 0 and 10 some systems clear to work around errata: x86.c set_msr_mce.
+    if member == 0 and data and data | 1 << 10 | 1 != _MASK64:
+        raise invalid()
+    writable = host or vcpu.msrs.get(uapi.MSR_K7_HWCR) & _HWCR_MC_STATUS_WRITE_ENABLE
+    if member == 1 and data and not writable:
+        raise invalid()
+    vcpu.msrs.values[index] = data
+
+
+@msr(*range(uapi.MSR_IA32_MC0_CTL2, uapi.MSR_IA32_MC0_CTL2 + KVM_MAX_MCE_BANKS))
+def mc_ctl2(vcpu: Vcpu, index: int, host: bool) -> int:
+    """Interrupt of a bank's corrected errors."""
+    _check_bank(vcpu, index - uapi.MSR_IA32_MC0_CTL2)
+    if not vcpu.msrs.mcg_cap & uapi.MCG_CMCI_P and not host:
+        raise invalid()
+    return vcpu.msrs.get(index)
+
+
+@mc_ctl2.writer
+def _write_mc_ctl2(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+    _check_bank(vcpu, index - uapi.MSR_IA32_MC0_CTL2)
+    if not vcpu.msrs.mcg_cap & uapi.MCG_CMCI_P and (data or not host):
+        raise invalid()
+    if data & ~_MCI_CTL2_VALID:
+        raise invalid()
+    vcpu.msrs.values[index] = data
+
+
+@msr(uapi.MSR_K7_HWCR, save=True)
+def hwcr(vcpu: Vcpu, index: int, host: bool) -> int:
+    """AMD's hardware configuration."""
+    del host
+    return vcpu.msrs.get(index)
+
+
+@hwcr.writer
+def _write_hwcr(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+    del host
+    data &= ~_HWCR_IGNORED
+    if data & ~_HWCR_VALID:
+        raise invalid()
+    vcpu.msrs.values[index] = data
+
+
+# ---- ioctls ---------------------------------------------------------------------------------------
 
 
 @system_ioctl("KVM_X86_GET_MCE_CAP_SUPPORTED", Out("uint64_t"), cap="KVM_CAP_MCE")

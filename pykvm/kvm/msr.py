@@ -7,7 +7,6 @@ A register that nobody knows is #GP for the guest, and ends KVM_GET_MSRS and KVM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from errno import E2BIG
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,21 +15,19 @@ from pykvm import trace
 from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import Array, ArrayArg, system_ioctl, vcpu_ioctl
-from pykvm.kvm import clock
-from pykvm.kvm.caps import Args, vcpu_cap
-from pykvm.kvm.cpuid import EFER_SUPPORTED
-from pykvm.kvm.exits import RESUME, Outcome, on_exit
-from pykvm.kvm.regs import check_apic_base
+from pykvm.kvm.exits import RESUME, USERSPACE, Outcome, on_exit
+from pykvm.kvm.msr_filter import is_allowed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from pykvm.kvm.system import System
     from pykvm.kvm.vcpu import Vcpu
 
 MAX_IO_MSRS = 256
+RAX, RCX, RDX = 0, 1, 2
+_MASK32 = 0xFFFF_FFFF
 KVM_MAX_MCE_BANKS = 32
-KVM_NR_VAR_MTRR = 8
-_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-_HIGH32 = 0xFFFF_FFFF_0000_0000
 
 Read: TypeAlias = "Callable[[Vcpu, int, bool], int]"
 Write: TypeAlias = "Callable[[Vcpu, int, int, bool], None]"
@@ -58,12 +55,18 @@ def unsupported() -> MsrError:
 
 @dataclass(slots=True)
 class Msr:
-    """One register, or a range of alike ones."""
+    """One register, or a range of alike ones.
+
+    `save`: KVM_GET_MSR_INDEX_LIST names it.  `feature`: it tells a feature, and /dev/kvm answers this
+    for it.  `immutable`: it stays what it is once the vCPU has run.
+    """
 
     indices: tuple[int, ...]
     read: Read
     write: Write | None = None
     save: bool = False
+    feature: int | None = None
+    immutable: bool = False
 
     def writer(self, write: Write) -> Write:
         """Give the row its other half: ``@row.writer``.  Without one the register is read-only."""
@@ -72,17 +75,22 @@ class Msr:
 
 
 MSRS: dict[int, Msr] = {}
+# Where that is not 0.
+RESET_VALUES: dict[int, int] = {}
 
 
-def names(*names: str) -> tuple[int, ...]:
-    return tuple(getattr(uapi, name) for name in names)
+def msr(
+    *indices: int, save: bool = False, feature: int | None = None, immutable: bool = False
+) -> Callable[[Read], Msr]:
+    """Register how registers are read; the row's `writer` registers how they are written.
 
-
-def msr(*indices: int, save: bool = False) -> Callable[[Read], Msr]:
-    """Register how registers are read; the row's `writer` registers how they are written."""
+    `feature`: the value of reset, too.
+    """
 
     def register(read: Read) -> Msr:
-        row = Msr(tuple(indices), read, save=save)
+        row = Msr(tuple(indices), read, save=save, feature=feature, immutable=immutable)
+        if feature is not None:
+            RESET_VALUES.update(dict.fromkeys(indices, feature))
         for index in indices:
             if index in MSRS:
                 msg = f"MSR {index:#x} has two rows"
@@ -114,9 +122,6 @@ class MsrState:
     def cpuid_faulting(self) -> bool:
         """Say if CPUID is CPL 0's."""
         return bool(self.values.get(uapi.MSR_MISC_FEATURES_ENABLES, 0) & 1)
-
-
-RESET_VALUES: dict[int, int] = {}
 
 
 def stored(*indices: int, reset: int = 0, save: bool = False, check: Check | None = None) -> Msr:
@@ -191,7 +196,7 @@ def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> None:
         raise unsupported()
     if row.write is None:
         raise invalid()
-    if index in IMMUTABLE and vcpu.has_run and host:
+    if row.immutable and vcpu.has_run and host:
         if data != get_msr(vcpu, index, host=True):
             raise invalid()
         return
@@ -268,9 +273,10 @@ def get_feature_msrs(system: System, a: ArrayArg) -> int:
     del system
 
     def read(entry: CData) -> None:
-        if entry.index not in FEATURE_MSRS and entry.index not in INDEX_LIST:
+        row = MSRS.get(entry.index)
+        if row is None or not (row.save or row.feature is not None):
             raise unsupported()
-        entry.data = FEATURE_MSRS.get(entry.index, 0)
+        entry.data = row.feature or 0
 
     done = _each(a.entries, a.n, read)
     a.reply(a.entries)
@@ -300,7 +306,7 @@ def get_msr_index_list(system: System, a: ArrayArg) -> int:
     Source: api.rst 4.3; x86.c kvm_arch_dev_ioctl
     """
     del system
-    return _answer_list(a, INDEX_LIST)
+    return _answer_list(a, (index for index, row in MSRS.items() if row.save))
 
 
 @system_ioctl("KVM_GET_MSR_FEATURE_INDEX_LIST", _MSR_LIST, cap="KVM_CAP_GET_MSR_FEATURES")
@@ -312,7 +318,7 @@ def get_msr_feature_index_list(system: System, a: ArrayArg) -> int:
     Source: api.rst 4.3; x86.c kvm_arch_dev_ioctl
     """
     del system
-    return _answer_list(a, FEATURE_MSRS)
+    return _answer_list(a, (index for index, row in MSRS.items() if row.feature is not None))
 
 
 # ---- the instructions ----------------------------------------------------------------------------
@@ -321,18 +327,15 @@ def get_msr_feature_index_list(system: System, a: ArrayArg) -> int:
 @on_exit(lib.EXIT_RDMSR)
 def handle_rdmsr(vcpu: Vcpu) -> Outcome:
     """Read a register for the guest."""
-    gpr = vcpu.cpu.gpr
-    index = gpr[1] & 0xFFFF_FFFF
+    index = vcpu.cpu.gpr[RCX] & _MASK32
     try:
+        _check_filter(vcpu, index, uapi.KVM_MSR_FILTER_READ)
         data = get_msr(vcpu, index, host=False)
-    except MsrError:
-        if trace.kvm_msr.enabled:
-            trace.kvm_msr(direction="read", index=index, data=0, suffix=" (#GP)")
-        vcpu.events.inject_gp(vcpu)
-        return RESUME
-    if trace.kvm_msr.enabled:
-        trace.kvm_msr(direction="read", index=index, data=data, suffix="")
-    gpr[0], gpr[2] = data & 0xFFFF_FFFF, data >> 32
+    except MsrError as error:
+        _trace("read", index, 0, " (#GP)")
+        return _ask_client(vcpu, uapi.KVM_EXIT_X86_RDMSR, index, 0, error)
+    _trace("read", index, data)
+    _return_data(vcpu, data)
     vcpu.cpu.skip()
     return RESUME
 
@@ -341,15 +344,58 @@ def handle_rdmsr(vcpu: Vcpu) -> Outcome:
 def handle_wrmsr(vcpu: Vcpu) -> Outcome:
     """Write a register for the guest; rip is at the WRMSR when that is #GP."""
     gpr = vcpu.cpu.gpr
-    index, data = gpr[1] & 0xFFFF_FFFF, gpr[0] & 0xFFFF_FFFF | (gpr[2] & 0xFFFF_FFFF) << 32
+    index, data = gpr[RCX] & _MASK32, gpr[RAX] & _MASK32 | (gpr[RDX] & _MASK32) << 32
     try:
+        _check_filter(vcpu, index, uapi.KVM_MSR_FILTER_WRITE)
         set_msr(vcpu, index, data, host=False)
-    except MsrError:
-        if trace.kvm_msr.enabled:
-            trace.kvm_msr(direction="write", index=index, data=data, suffix=" (#GP)")
+    except MsrError as error:
+        _trace("write", index, data, " (#GP)")
+        return _ask_client(vcpu, uapi.KVM_EXIT_X86_WRMSR, index, data, error)
+    _trace("write", index, data)
+    vcpu.cpu.skip()
+    return RESUME
+
+
+def _check_filter(vcpu: Vcpu, index: int, access: int) -> None:
+    if not is_allowed(vcpu.vm, index, access):
+        raise MsrError(uapi.KVM_MSR_EXIT_REASON_FILTER)
+
+
+def _trace(direction: str, index: int, data: int, suffix: str = "") -> None:
+    if trace.kvm_msr.enabled:
+        trace.kvm_msr(direction=direction, index=index, data=data, suffix=suffix)
+
+
+def _return_data(vcpu: Vcpu, data: int) -> None:
+    gpr = vcpu.cpu.gpr
+    gpr[RAX], gpr[RDX] = data & _MASK32, data >> 32
+
+
+def _ask_client(vcpu: Vcpu, exit_reason: int, index: int, data: int, error: MsrError) -> Outcome:
+    """Raise #GP, or have a client that wants to know (KVM_CAP_X86_USER_SPACE_MSR) decide."""
+    if not vcpu.vm.user_space_msr_mask & error.reason:
         vcpu.events.inject_gp(vcpu)
         return RESUME
-    if trace.kvm_msr.enabled:
-        trace.kvm_msr(direction="write", index=index, data=data, suffix="")
-    vcpu.cpu.skip()
+    run = vcpu.kvm_run
+    run.exit_reason = exit_reason
+    run.msr.error = 0
+    ffi.memmove(run.msr.pad, bytes(len(run.msr.pad)), len(run.msr.pad))
+    run.msr.reason, run.msr.index, run.msr.data = error.reason, index, data
+    reading = exit_reason == uapi.KVM_EXIT_X86_RDMSR
+    vcpu.complete_userspace_io = _complete_rdmsr if reading else _complete_wrmsr
+    return USERSPACE
+
+
+def _complete_rdmsr(vcpu: Vcpu) -> Outcome:
+    if not vcpu.kvm_run.msr.error:
+        _return_data(vcpu, vcpu.kvm_run.msr.data)
+    return _complete_wrmsr(vcpu)
+
+
+def _complete_wrmsr(vcpu: Vcpu) -> Outcome:
+    vcpu.pending_linear_rip = None
+    if vcpu.kvm_run.msr.error:
+        vcpu.events.inject_gp(vcpu)
+    else:
+        vcpu.cpu.skip()
     return RESUME

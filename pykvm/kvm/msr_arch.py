@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pykvm.abi import lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.kvm import clock
+from pykvm.kvm.caps import Args, vm_cap
 from pykvm.kvm.cpuid import EFER_SUPPORTED
 from pykvm.kvm.msr import (
     RESET_VALUES,
@@ -15,7 +16,6 @@ from pykvm.kvm.msr import (
     fixed,
     invalid,
     msr,
-    names,
     stored,
     unsupported,
     write_only,
@@ -24,6 +24,7 @@ from pykvm.kvm.regs import check_apic_base
 
 if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
+    from pykvm.kvm.vm import Vm
 
 KVM_NR_VAR_MTRR = 8
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -153,6 +154,7 @@ def _write_efer(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     vcpu.cpu.state_changed()
     if (old ^ guest.efer) & uapi.EFER_NX:
         vcpu.cpu.flush_tlb()
+        vcpu.vm.mmu.reset_context(vcpu)
 
 
 @msr(uapi.MSR_IA32_DEBUGCTLMSR, save=True)
@@ -297,11 +299,10 @@ stored(
     check=lambda _vcpu, data, _host: _bytes_are_in(data, _PAT_TYPES),
 )
 stored(
-    *names(
-        "MSR_MTRRfix64K_00000", "MSR_MTRRfix16K_80000", "MSR_MTRRfix16K_A0000",
-        "MSR_MTRRfix4K_C0000", "MSR_MTRRfix4K_C8000", "MSR_MTRRfix4K_D0000", "MSR_MTRRfix4K_D8000",
-        "MSR_MTRRfix4K_E0000", "MSR_MTRRfix4K_E8000", "MSR_MTRRfix4K_F0000", "MSR_MTRRfix4K_F8000",
-    ),  # fmt: skip
+    uapi.MSR_MTRRfix64K_00000,
+    uapi.MSR_MTRRfix16K_80000,
+    uapi.MSR_MTRRfix16K_A0000,
+    *range(uapi.MSR_MTRRfix4K_C0000, uapi.MSR_MTRRfix4K_F8000 + 1),
     check=lambda _vcpu, data, _host: _bytes_are_in(data, _MTRR_TYPES),
 )
 stored(
@@ -329,9 +330,7 @@ _MISC_ENABLE_READ_ONLY = uapi.MSR_IA32_MISC_ENABLE_PEBS_UNAVAIL | uapi.MSR_IA32_
 # This processor leaks nothing: guests need no workaround.
 # RDCL_NO, SKIP_VMENTRY_L1DFLUSH, SSB_NO, MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO,
 # PSDP_NO, GDS_NO, RFDS_NO, ITS_NO.
-_ARCH_CAPABILITIES = (
-    1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 26 | 1 << 27 | 1 << 62
-)
+_ARCH_CAPABILITIES = sum(1 << bit for bit in (0, 3, 4, 5, 6, 8, 13, 14, 15, 26, 27, 62))
 _UCODE_REV = 0x1_0000_0000
 
 stored(uapi.MSR_SMI_COUNT, save=True, check=lambda _vcpu, _data, host: host)
@@ -350,24 +349,32 @@ fixed(uapi.MSR_EBC_FREQUENCY_ID, value=1 << 24)
 fixed(uapi.MSR_IA32_PERF_STATUS, value=4 << 40 | 1000)
 fixed(uapi.MSR_IA32_BBL_CR_CTL3, value=0xBE70_2111, writes_ignored=True)
 fixed(
-    *names(
-        "MSR_IA32_PLATFORM_ID", "MSR_IA32_EBL_CR_POWERON", "MSR_AMD64_SYSCFG", "MSR_K8_INT_PENDING_MSG",
-        "MSR_FAM10H_MMIO_CONF_BASE", "MSR_IA32_PERF_CTL", "MSR_IA32_LASTBRANCHFROMIP",
-        "MSR_IA32_LASTBRANCHTOIP", "MSR_IA32_LASTINTFROMIP", "MSR_IA32_LASTINTTOIP",
-    ),  # fmt: skip
+    uapi.MSR_IA32_PLATFORM_ID,
+    uapi.MSR_IA32_EBL_CR_POWERON,
+    uapi.MSR_AMD64_SYSCFG,
+    uapi.MSR_K8_INT_PENDING_MSG,
+    uapi.MSR_FAM10H_MMIO_CONF_BASE,
+    uapi.MSR_IA32_PERF_CTL,
+    *range(uapi.MSR_IA32_LASTBRANCHFROMIP, uapi.MSR_IA32_LASTINTTOIP + 1),
 )
 # Performance counters that no PMU is behind, and AMD registers that its systems write blindly.
 fixed(
-    *names("MSR_AMD64_NB_CFG", "MSR_VM_HSAVE_PA", "MSR_AMD64_BU_CFG2", "MSR_AMD64_DC_CFG"),
+    uapi.MSR_AMD64_NB_CFG,
+    uapi.MSR_VM_HSAVE_PA,
+    uapi.MSR_AMD64_BU_CFG2,
+    uapi.MSR_AMD64_DC_CFG,
     *range(uapi.MSR_K7_EVNTSEL0, uapi.MSR_K7_EVNTSEL0 + 4),
     *range(uapi.MSR_K7_PERFCTR0, uapi.MSR_K7_PERFCTR0 + 4),
-    *names("MSR_P6_EVNTSEL0", "MSR_P6_EVNTSEL1", "MSR_IA32_PERFCTR0", "MSR_IA32_PERFCTR1"),
+    uapi.MSR_P6_EVNTSEL0,
+    uapi.MSR_P6_EVNTSEL1,
+    uapi.MSR_IA32_PERFCTR0,
+    uapi.MSR_IA32_PERFCTR1,
     writes_ignored=True,
 )
 write_only(uapi.MSR_IA32_UCODE_WRITE, uapi.MSR_AMD64_PATCH_LOADER)
 
 
-@msr(uapi.MSR_IA32_UCODE_REV, save=True)
+@msr(uapi.MSR_IA32_UCODE_REV, save=True, feature=_UCODE_REV)
 def ucode_rev(vcpu: Vcpu, index: int, host: bool) -> int:
     """Revision of the microcode, which the client may choose."""
     del host
@@ -381,10 +388,7 @@ def _write_ucode_rev(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
         vcpu.msrs.values[index] = data
 
 
-RESET_VALUES[uapi.MSR_IA32_UCODE_REV] = _UCODE_REV
-
-
-@msr(uapi.MSR_IA32_ARCH_CAPABILITIES, save=True)
+@msr(uapi.MSR_IA32_ARCH_CAPABILITIES, save=True, feature=_ARCH_CAPABILITIES, immutable=True)
 def arch_capabilities(vcpu: Vcpu, index: int, host: bool) -> int:
     """Which known weaknesses the processor does not have."""
     del host
@@ -398,9 +402,6 @@ def _write_arch_capabilities(vcpu: Vcpu, index: int, data: int, host: bool) -> N
     if not host or not vcpu.cpuid.has("ARCH_CAPABILITIES"):
         raise unsupported()
     vcpu.msrs.values[index] = data
-
-
-RESET_VALUES[uapi.MSR_IA32_ARCH_CAPABILITIES] = _ARCH_CAPABILITIES
 
 
 @msr(uapi.MSR_IA32_MISC_ENABLE, save=True)
@@ -439,6 +440,18 @@ def _write_platform_info(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
 
 
 RESET_VALUES[uapi.MSR_PLATFORM_INFO] = _PLATFORM_INFO_CPUID_FAULT
+
+
+@vm_cap("KVM_CAP_MSR_PLATFORM_INFO")
+def enable_platform_info(vm: Vm, args: Args) -> int:
+    """Let guests read MSR_PLATFORM_INFO, as they may by default, or not: args[0].
+
+    Errors: none
+    Source: api.rst 7.9
+    """
+    vm.guest_can_read_platform_info = bool(args[0])
+    return 0
+
 
 stored(
     uapi.MSR_MISC_FEATURES_ENABLES,

@@ -89,13 +89,24 @@ def _pv_stored(index: int, feature: int, check: Check | None = None, *, reset: i
 _STEAL_RESERVED = 0x3E
 # Asynchronous page faults and their interrupt need a local APIC in the kernel.
 _pv_stored(
-    uapi.MSR_KVM_ASYNC_PF_EN, uapi.KVM_FEATURE_ASYNC_PF, lambda vcpu, data, _: vcpu.lapic_in_kernel or not data
+    uapi.MSR_KVM_ASYNC_PF_EN,
+    uapi.KVM_FEATURE_ASYNC_PF,
+    lambda vcpu, data, _host: vcpu.lapic_in_kernel or not data,
 )
 _pv_stored(
     uapi.MSR_KVM_ASYNC_PF_INT,
     uapi.KVM_FEATURE_ASYNC_PF_INT,
-    lambda vcpu, data, _: not data >> 8 and vcpu.lapic_in_kernel,
+    lambda vcpu, data, _host: not data >> 8 and vcpu.lapic_in_kernel,
 )
-_pv_stored(uapi.MSR_KVM_STEAL_TIME, uapi.KVM_FEATURE_STEAL_TIME, lambda _v, data, _h: not data & _STEAL_RESERVED)
-_pv_stored(uapi.MSR_KVM_PV_EOI_EN, uapi.KVM_FEATURE_PV_EOI, lambda _v, data, _h: not data & 2)
-_pv_stored(uapi.MSR_KVM_POLL_CONTROL, uapi.KVM_FEATURE_POLL_CONTROL, lambda _v, data, _h: not data >> 1, reset=1)
+_pv_stored(
+    uapi.MSR_KVM_STEAL_TIME,
+    uapi.KVM_FEATURE_STEAL_TIME,
+    lambda _vcpu, data, _host: not data & _STEAL_RESERVED,
+)
+_pv_stored(uapi.MSR_KVM_PV_EOI_EN, uapi.KVM_FEATURE_PV_EOI, lambda _vcpu, data, _host: not data & 2)
+_pv_stored(
+    uapi.MSR_KVM_POLL_CONTROL,
+    uapi.KVM_FEATURE_POLL_CONTROL,
+    lambda _vcpu, data, _host: not data >> 1,
+    reset=1,
+)

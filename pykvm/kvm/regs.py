@@ -27,13 +27,10 @@ _REGS = struct.Struct("<18Q")
 _GUEST = struct.Struct("<16Q16x2Q")
 _GUEST_OFFSET = ffi.offsetof("struct vmcs", "guest")
 # gpr[16] and gpr[17] are the processor's own: see cpu.h.
-assert ffi.offsetof("struct cpu_guest", "rip") == 18 * 8
 
 # struct kvm_segment: base, limit, selector, then type to padding as bytes.
 _KVM_SEGMENT = struct.Struct("<QIH10s")
 _CPU_SEGMENT = struct.Struct("<QIIH6x")
-assert ffi.sizeof("struct kvm_segment") == _KVM_SEGMENT.size
-assert ffi.sizeof("struct cpu_seg") == _CPU_SEGMENT.size
 # cs ds es fs gs ss tr ldt, as struct kvm_sregs has them.
 SREGS_ORDER = (
     lib.CPU_SEG_CS,
@@ -107,7 +104,8 @@ def _segment_bytes(ar: int) -> bytes:
     unusable = ar >> 16 & 1
     # vmx.c vmx_get_segment: what is usable is present, and the other way round.
     present = 1 - unusable
-    dpl, db, s, long, g, avl = ar >> 5 & 3, ar >> 14 & 1, ar >> 4 & 1, ar >> 13 & 1, ar >> 15 & 1, ar >> 12 & 1
+    dpl, db, s = ar >> 5 & 3, ar >> 14 & 1, ar >> 4 & 1
+    long, g, avl = ar >> 13 & 1, ar >> 15 & 1, ar >> 12 & 1
     return bytes((ar & 15, present, dpl, db, s, long, g, avl, unusable, 0))
 
 

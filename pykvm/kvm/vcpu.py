@@ -8,7 +8,6 @@ handle or a signal waits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from errno import EINTR, EINVAL
 from typing import TYPE_CHECKING
 
@@ -17,15 +16,20 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import NoArg, vcpu_ioctl
 from pykvm.cpu import Cpu
-from pykvm.kvm import clock, cpuid, msr, regs
+from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs
+from pykvm.kvm.clock import VcpuClock
+from pykvm.kvm.cpuid import GuestCpuid
 from pykvm.kvm.events import Events
 from pykvm.kvm.exits import EXIT_NAMES, HANDLERS, NO_GFN, RESUME, USERSPACE, Outcome, memory_fault
+from pykvm.kvm.msr import MsrState
 from pykvm.kvm.signals import signal_pending
 from pykvm.mmu import MemoryFault
 
 if TYPE_CHECKING:
-    from pykvm.mmu.slots import Memslots
+    from collections.abc import Callable
+
     from pykvm.kvm.vm import Vm
+    from pykvm.mmu.slots import Memslots
 
 PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
 _RUN_BYTES = 3 * 4096
@@ -78,13 +82,13 @@ class Vcpu:
         self.mmio_fragments: list[tuple[int, bytes]] = []
         self.osi_enabled = False
         # Who makes interrupt controllers in the kernel sets these on each vCPU.
-        self.lapic_in_kernel = False
-        self.pic_in_kernel = False
+        self.lapic_in_kernel: bool = False
+        self.pic_in_kernel: bool = False
         self.events = Events()
         self.apic_base = self._reset_apic_base()
-        self.cpuid = cpuid.GuestCpuid()
-        self.msrs = msr.MsrState()
-        self.clock = clock.VcpuClock()
+        self.cpuid: GuestCpuid = GuestCpuid()
+        self.msrs: MsrState = MsrState()
+        self.clock: VcpuClock = VcpuClock()
         self._reset()
 
     def _reset_apic_base(self) -> int:
@@ -99,6 +103,9 @@ class Vcpu:
         ctl.flags |= lib.CPU_EXIT_HLT | lib.CPU_EXIT_CR8
         cpuid.after_set_cpuid(self)
         clock.synchronize_tsc(self, None)
+        if not quirks.has_quirk(self.vm, uapi.KVM_X86_QUIRK_STUFF_FEATURE_MSRS):
+            self.msrs.values[uapi.MSR_IA32_ARCH_CAPABILITIES] = 0
+            self.msrs.values[uapi.MSR_PLATFORM_INFO] = 0
 
     @property
     def is_bsp(self) -> bool:
@@ -107,7 +114,7 @@ class Vcpu:
 
     @property
     def run(self) -> CData:
-        """struct kvm_run, which the client maps; setting it makes the vCPU ready to run."""
+        """What the client maps, a struct kvm_run; setting it makes the vCPU ready to run."""
         return self.kvm_run
 
     @run.setter
@@ -229,12 +236,16 @@ def _load_mmu(vcpu: Vcpu) -> None:
 def _prepare_events(vcpu: Vcpu) -> bool:
     """Hand over the next event; False when that is a shutdown, told in kvm_run."""
     events = vcpu.events
+    # First: what another thread asks for from now on is looked at again.
+    events.requested = False
     if events.triple_fault:
         events.triple_fault = False
         vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
         return False
     if vcpu.clock.update_requested:
         clock.update_guest_time(vcpu)
+    msr_filter.update_intercept(vcpu)
+    quirks.update_mwait(vcpu)
     events.inject(vcpu)
     return True
 

@@ -20,6 +20,7 @@ from pykvm.mmu import new_mmu
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pykvm.kvm.msr_filter import MsrFilter
     from pykvm.kvm.system import System
 
 PAGE_SIZE = 4096
@@ -63,7 +64,6 @@ class Vm:
         self.tss_addr: Gpa | None = None
         self.identity_map_addr = Gpa(DEFAULT_IDENTITY_MAP_ADDR)
         self.max_halt_poll_ns: int | None = None
-        self.vm_dead = False
         self.dirty_log_manual_protect = False
         self.dirty_log_initially_set = False
         self.exception_payload_enabled = False
@@ -73,6 +73,8 @@ class Vm:
         # Bits of KVM_X86_QUIRK_* that are off, and of hypercalls that exit.
         self.disabled_quirks = 0
         self.hypercall_exits = 0
+        self.user_space_msr_mask = 0
+        self.msr_filter: MsrFilter | None = None
         self.clock = VmClock()
         self.memslots = memslots.new_address_spaces(ADDRESS_SPACES)
         self.mmu = new_mmu(self, tdp="no-tdp" not in system.extensions)

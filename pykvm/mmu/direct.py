@@ -73,6 +73,10 @@ class TdpMmu(Mmu):
                 self._roots[role] = Tdp(self.pages, role, self.stat)
             return self._roots[role]
 
+    def tables(self, as_id: int) -> list[Tdp]:
+        """Return the tables of an address space; one for each depth in use."""
+        return [tdp for role, tdp in self._roots.items() if role.smm == bool(as_id)]
+
     # ---- page faults ----
 
     def page_fault(self, vcpu: Vcpu, addr: int, error: int, gla: int = 0) -> RetPf:
@@ -160,9 +164,8 @@ class TdpMmu(Mmu):
     ) -> None:
         """Make the published change true for the processors, before the ioctl returns."""
         with self.lock:
-            for role, tdp in self._roots.items():
-                if role.smm == bool(as_id):
-                    self._apply(tdp, old, new, change)
+            for tdp in self.tables(as_id):
+                self._apply(tdp, old, new, change)
             if not self._vm.memslots[0].generation % (1 << sptes.MMIO_GEN_BITS):
                 for tdp in self._roots.values():
                     tdp.zap_mmio()
@@ -185,18 +188,16 @@ class TdpMmu(Mmu):
         """Drop the translations of frames whose host memory is going away (the MMU notifier)."""
         with self.lock:
             flush = False
-            for role, tdp in self._roots.items():
-                if role.smm == bool(as_id):
-                    flush = tdp.zap_range(first, end) or flush
+            for tdp in self.tables(as_id):
+                flush = tdp.zap_range(first, end) or flush
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=flush)
 
     def _write_protect(self, slot: Memslot, gfns: Iterable[int]) -> bool:
         gfns = list(gfns)
         flush = False
-        for role, tdp in self._roots.items():
-            if role.smm == bool(slot.as_id):
-                flush = tdp.write_protect(gfns) or flush
+        for tdp in self.tables(slot.as_id):
+            flush = tdp.write_protect(gfns) or flush
         return flush
 
     def destroy(self) -> None:

@@ -53,7 +53,7 @@ _signals_held = lib.signals_held
 def install(embedding: Any) -> None:
     """Define the functions of EMBEDDING_API."""
     shim = _Shim(embedding)
-    embedding.def_extern(name="pykvm_embed_start", error=-1, onerror=_log)(shim.start)
+    embedding.def_extern(name="pykvm_embed_start", error=0, onerror=_log)(shim.start)
     embedding.def_extern(name="pykvm_embed_open", error=-EIO, onerror=_log)(shim.open)
     embedding.def_extern(name="pykvm_embed_ioctl", error=-EIO, onerror=_log)(shim.ioctl)
     embedding.def_extern(name="pykvm_embed_invalidate", onerror=_log)(shim.invalidate)
@@ -82,7 +82,8 @@ class _Shim:
             self._extensions = frozenset(filter(None, names.split(",")))
         if own_interpreter:
             sys.setswitchinterval(SWITCH_INTERVAL)
-        return 0
+        # Not 0: that is what cffi answers when this module cannot be imported.
+        return 1
 
     def open(self, flags: int) -> int:
         """Open the device; a descriptor or a negated errno."""

@@ -31,17 +31,23 @@ def problems(program: str) -> list[str]:
     return list(examine(program).problems)
 
 
+def search_path() -> list[str]:
+    """Return where the interpreter in the program is to look for modules."""
+    # The first entry is the current directory or that of a script: whatever lies there is not meant.
+    entries = sys.path if sys.flags.safe_path else sys.path[1:]
+    package = str(Path(__file__).parents[2])
+    return list(dict.fromkeys(str(Path(entry).absolute()) for entry in [*entries, package] if entry))
+
+
 def environment(extensions: Iterable[str], base: Mapping[str, str]) -> dict[str, str]:
     """Return `base` with what loads the library into a program."""
     loaded = base.get("LD_PRELOAD", "").replace(":", " ").split()
     others = [entry for entry in loaded if entry != str(LIBRARY)]
-    package = str(Path(__file__).parents[2])
-    path = dict.fromkeys(str(Path(entry).absolute()) for entry in [package, *sys.path] if entry)
     return {
         **base,
         "LD_PRELOAD": ":".join([str(LIBRARY), *others]),
         HOME: sys.base_prefix,
-        PATH: os.pathsep.join(path),
+        PATH: os.pathsep.join(search_path()),
         EXTENSIONS: ",".join(sorted(extensions)),
     }
 

@@ -137,7 +137,7 @@ EXPORT int embed_start(const struct embed_settings *settings, struct embed_api *
         return error;
     if (own)
         pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
-    if (pykvm_embed_start(settings, own))
+    if (!pykvm_embed_start(settings, own))
         return fail("pykvm", "see above");
     api->open = pykvm_embed_open;
     api->ioctl = pykvm_embed_ioctl;

@@ -164,7 +164,7 @@ def test_memory(vm: Vm) -> None:
 def test_osi(backend: Backend) -> None:
     if backend.name == "real":
         pytest.skip("an extension of pykvm's")
-    code = bytes.fromhex("66b8fa243711" "66bb9b0f8177" "0f01c1" "f4")  # mov eax; mov ebx; vmcall; hlt
+    code = bytes.fromhex("66b8fa24371166bb9b0f81770f01c1f4")  # mov eax; mov ebx; vmcall; hlt
     with Kvm(extensions={"x86-osi"}) as kvm, kvm.create_vm() as vm, boot(vm, code) as vcpu:
         assert kvm.check_extension(uapi.KVM_CAP_PPC_OSI) == 1
         vcpu.enable_cap(uapi.KVM_CAP_PPC_OSI)

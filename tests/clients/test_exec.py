@@ -560,11 +560,19 @@ def test_another_threads_call_waits_until_kvm_run_is_over(compile_c: Compile) ->
             static volatile int waiting, got;
             static pthread_t runner;
             static void nothing(int sig) {}
-            static void *other(void *arg) { waiting = 1; get_regs(); got = 1; return NULL; }
+            static void *other(void *arg)
+            {
+                while (!((volatile uint8_t *)memory)[0x5000]) ;
+                waiting = 1;
+                get_regs();
+                got = 1;
+                return NULL;
+            }
             static void *kick(void *arg)
             {
-                usleep(100000);
-                CHECK(waiting && !got);
+                while (!waiting) usleep(1000);
+                usleep(50000);
+                CHECK(!got);
                 pthread_kill(runner, SIGUSR1);
                 return NULL;
             }
@@ -573,11 +581,10 @@ def test_another_threads_call_waits_until_kvm_run_is_over(compile_c: Compile) ->
                 struct sigaction action = {.sa_handler = nothing};
                 pthread_t threads[2];
                 sigaction(SIGUSR1, &action, NULL);
-                GUEST(0xeb, 0xfe);
+                GUEST(0xfe, 0x06, 0x00, 0x50, 0xeb, 0xfe); /* inc byte [0x5000]; jmp $ */
                 runner = pthread_self();
-                pthread_create(&threads[1], NULL, kick, NULL);
-                usleep(20000);
                 pthread_create(&threads[0], NULL, other, NULL);
+                pthread_create(&threads[1], NULL, kick, NULL);
                 if (ioctl(vcpu, KVM_RUN, 0) == 0) return 1;
                 pthread_join(threads[0], NULL);
                 pthread_join(threads[1], NULL);
@@ -830,3 +837,25 @@ def test_a_python_of_another_version_is_not_started(compile_c: Compile) -> None:
     same = f"python{sys.version_info.major}.{sys.version_info.minor}"
     assert doctor.examine(str(compile_c(body, "-rdynamic", name=same))).ok
     assert not doctor.examine(str(compile_c(body, "-rdynamic", name="blender"))).ok
+
+
+def test_modules_in_the_current_directory_are_not_taken_for_ours(child: Path, tmp_path: Path) -> None:
+    for module in ("json", "threading", "cffi", "enum"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('wrong module')\n")
+    line = [sys.executable, "-P", "-m", "pykvm", "exec", "--", str(child)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("fake\n", "")
+
+
+def test_a_broken_installation_opens_nothing(child: Path, tmp_path: Path) -> None:
+    env = {**os.environ, **launcher.environment((), os.environ), launcher.PATH: str(tmp_path)}
+    done = subprocess.run([child], capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, "fake" in done.stdout.splitlines()) == (1, False)
+    assert "cannot start the interpreter" in done.stderr
+    stdlib = [path for path in launcher.search_path() if not Path(path, "pykvm").exists()]
+    done = subprocess.run(
+        [child], capture_output=True, text=True, check=False, env={**env, launcher.PATH: ":".join(stdlib)}
+    )
+    assert (done.returncode, "fake" in done.stdout.splitlines()) == (1, False)
+    assert "No module named 'pykvm'" in done.stderr
+    assert "cannot start the interpreter" in done.stderr

@@ -444,8 +444,8 @@ class Generator:
             t.fixed[RBP] = self.data_address() - self.stack
             if row.name == "enter":
                 e.imm = signed(self.number(10), 2) + signed(self.number(8), 1)
-        elif row.name == "popa":
-            # Zen 5 has loaded the registers before a fault of a later slot; we load all or none
+        elif row.name in {"pusha", "popa"}:
+            # Zen 5 has done the slots before the one that faults; we do all or none
             self.set_stack(t, self.writable_address())
         elif row.name == "popf":
             address = self.writable_address()
@@ -518,10 +518,16 @@ class Generator:
         low = (e.vvvv ^ 15) << 3 | e.vex_l << 2 | pp
         return bytes([0xC4, (~e.rex & 7) << 5 | mmmmm, (e.rex & 8) << 4 | low])
 
+    def reads_code(self, row: Row, e: Encoding, t: Template) -> bool:
+        near = abs(e.target - CODE - t.rip) < 64
+        return near or row.form in {"string", "A,O"} or row.name == "xlat"
+
     def is_known(self, row: Row, e: Encoding, t: Template) -> bool:
         """Cases that cannot be compared, and where AMD processors differ from the SDM, which we follow."""
         if not t.fixed or (e.rip_relative and row.is_branch):
             return True
+        if self.bits == 16 and 0x2E in e.legacy and self.reads_code(row, e, t):
+            return True  # what is behind the instruction is not the same
         if self.bits == 64 and row.is_branch and 0x66 in e.legacy:
             return True  # AMD truncates rip to 16 bits; we ignore the prefix as Intel does (SDM vol. 2, JMP)
         if row.name in {"loope", "loopne"} and {0xF2, 0xF3} & set(e.legacy):

@@ -58,6 +58,7 @@ def differing(fuzzer: Fuzzer) -> int:
 FOUND = [
     (64, "c442a0f5dc", {}, "bzhi: CF by the count after the destination had overwritten it"),
     (64, "41ffd7", {15: 0x8000_0000_0000, 4: 0x1000_3008}, "call: #PF of the push before #GP of the target"),
+    (16, "ffd4", {4: 0x2FFE}, "call: the same in 16-bit code"),
     (64, "f2480fbdc1", {1: 0}, "bsr of 0: destination and PF"),
     (64, "660fa5c8", {1: 18}, "shld of 16 bits by more than 16"),
     (64, "f348a6", {1: 5, 6: 0x1000_0FF0, 7: 0x1000_1FF8}, "cmps: flags at a fault in the middle"),

@@ -138,7 +138,7 @@ def test_ins_of_zero_elements_reads_nothing(m: Machine) -> None:
 def test_ins_to_mmio_writes_each_element(m: Machine) -> None:
     start(m, "rep insd; hlt", rcx=3, rdi=DATA + 8, rdx=PORT)
     m.map_mmio(DATA)
-    writes = []
+    writes: list[tuple[int, int, int]] = []
     while (reason := m.run()) != lib.EXIT_HLT:
         if reason == lib.EXIT_IO:
             answer(m, 4, *(0x100 + len(writes) + k for k in range(m.exit.io.count)))

@@ -1,0 +1,69 @@
+"""Quirks: where KVM deviates from processors because clients have relied on it, until told not to."""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import TYPE_CHECKING
+
+from pykvm.abi import lib, uapi
+from pykvm.abi.errors import KvmError
+from pykvm.kvm.caps import Args, vm_cap
+
+if TYPE_CHECKING:
+    from pykvm.kvm.vcpu import Vcpu
+    from pykvm.kvm.vm import Vm
+
+# Memory has no types here and all slots are dropped alike: three of them change nothing to see.
+SUPPORTED = (
+    uapi.KVM_X86_QUIRK_CD_NW_CLEARED
+    | uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP
+    | uapi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
+    | uapi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN
+    | uapi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+    | uapi.KVM_X86_QUIRK_SLOT_ZAP_ALL
+    | uapi.KVM_X86_QUIRK_STUFF_FEATURE_MSRS
+    | uapi.KVM_X86_QUIRK_IGNORE_GUEST_PAT
+)
+
+
+def has_quirk(vm: Vm, quirk: int) -> bool:
+    """Say if a KVM_X86_QUIRK_* is on."""
+    return not vm.disabled_quirks & quirk
+
+
+def update_mwait(vcpu: Vcpu) -> None:
+    """Make MONITOR and MWAIT undefined without their CPUID bit, or let them do nothing."""
+    never = has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
+    offered = vcpu.cpuid.word("1_ECX") >> uapi.CPUID_1_ECX_MONITOR & 1
+    vcpu.events.set_control(vcpu, lib.CPU_MWAIT_UD, on=not never and not offered)
+
+
+@vm_cap("KVM_CAP_DISABLE_QUIRKS", 1)
+def disable_quirks(vm: Vm, args: Args) -> int:
+    """Turn the quirks of args[0] off for good; unknown ones are not looked at.
+
+    Errors: none
+    Source: api.rst 7.6
+    """
+    vm.disabled_quirks |= args[0] & SUPPORTED
+    _apply(vm)
+    return 0
+
+
+@vm_cap("KVM_CAP_DISABLE_QUIRKS2", SUPPORTED)
+def disable_quirks2(vm: Vm, args: Args) -> int:
+    """Turn the quirks of args[0] off for good.
+
+    Errors:
+        EINVAL  an unknown quirk
+    Source: api.rst 7.30
+    """
+    if args[0] & ~SUPPORTED:
+        raise KvmError(EINVAL, f"quirks {args[0]:#x}: only {SUPPORTED:#x} are known")
+    return disable_quirks(vm, args)
+
+
+def _apply(vm: Vm) -> None:
+    for vcpu in tuple(vm.vcpus.values()):
+        vcpu.events.requested = True
+        vcpu.cpu.kick()
