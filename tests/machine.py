@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import pykvm
+import pytest
 from pykvm import uapi
 from pykvm.abi import CData, ffi, new
 
@@ -191,6 +192,12 @@ class Machine:
 
     def set_msr(self, index: int, data: int) -> bool:
         return self.do(uapi.KVM_SET_MSRS, msr_list((index, data))) == 1
+
+
+def emulated(machine: Machine, how: str) -> None:
+    """Skip on a real device: the one at hand runs guest code in KVM's emulator, not on a processor."""
+    if machine.backend.real:
+        pytest.skip(f"a kernel that emulates guest code {how}")
 
 
 def msr_list(*entries: tuple[int, int]) -> CData:

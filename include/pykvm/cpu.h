@@ -209,7 +209,7 @@ struct cpu_ctl {
     uint64_t tsc_offset;
     uint64_t tsc_ratio; /* 16.48 fixed point, 1 << 48 = host rate; 0 means 1 */
     uint64_t exception_bitmap; /* vectors that exit instead of being delivered */
-    struct cpu_event entry_event; /* consumed by a successful delivery */
+    struct cpu_event entry_event; /* taken by the next entry; not delivered: exit.idt_vectoring */
     uint64_t deadline;  /* host TSC at which cpu_enter returns EXIT_PREEMPTED; 0: about 10 ms */
     /* Answer to the last EXIT_IO: elements in pio_data that an IN or INS may consume; for
      * OUT, pio_out_done makes the OUT that exited complete. Cleared when consumed. */

@@ -177,12 +177,25 @@ static void restore_shadows(struct cpu *cpu)
 
 /* ---- stops ---------------------------------------------------------------------------------------------- */
 
+/* A REP instruction that is not through yet comes back with rip at itself. */
+static inline bool is_iteration(const struct cpu *cpu, const struct block *b)
+{
+    return unlikely(b->repeats) && GUEST(cpu).rip == insn_rip(cpu, &b->insn[b->n - 1]);
+}
+
+static inline unsigned retired(const struct cpu *cpu, const struct block *b)
+{
+    return b->n - is_iteration(cpu, b);
+}
+
 static bool step_one(struct cpu *cpu);
 
 static bool handle_exception(struct cpu *cpu)
 {
     bool soft = cpu->exc.type != CPU_EVENT_HARD_EXC >> 8;
 
+    /* What a port answered was for the instruction that has now failed. */
+    CTL(cpu).pio_pos = CTL(cpu).pio_count = CTL(cpu).pio_out_done = 0;
     if (!deliver_exception(cpu)) {
         fill_insn(cpu);
         restore_shadows(cpu);
@@ -211,7 +224,7 @@ static bool handle_stop(struct cpu *cpu)
     case STOP_EXCEPTION:
         return handle_exception(cpu);
     case STOP_EXIT_DONE:
-        cpu->budget--;
+        cpu->budget -= !is_iteration(cpu, cpu->block);
         fill_insn(cpu);
         if (!stepping) /* step_one() knows what TF was */
             retire(cpu, cpu->insn, false);
@@ -226,17 +239,6 @@ static bool handle_stop(struct cpu *cpu)
         restore_shadows(cpu);
         return false;
     }
-}
-
-/* A REP instruction that is not through yet comes back with rip at itself. */
-static inline bool is_iteration(const struct cpu *cpu, const struct block *b)
-{
-    return unlikely(b->repeats) && GUEST(cpu).rip == insn_rip(cpu, &b->insn[b->n - 1]);
-}
-
-static inline unsigned retired(const struct cpu *cpu, const struct block *b)
-{
-    return b->n - is_iteration(cpu, b);
 }
 
 /* ---- one instruction at a time -------------------------------------------------------------------------- */
@@ -282,6 +284,9 @@ static bool step_one(struct cpu *cpu)
     }
     cpu->step = false;
     cpu->insn = b->insn;
+    /* KVM counts an element of MMIO before it finds that it was the last: rip is still there */
+    if (b->repeats && cpu->posted)
+        set_rip(cpu, insn_rip(cpu, b->insn));
     cpu->repeating = is_iteration(cpu, b);
     cpu->budget -= !cpu->repeating;
     retire(cpu, b->insn, tf);
@@ -474,15 +479,16 @@ static bool look_around(struct cpu *cpu)
     return do_requests(cpu) && (!due || check_time(cpu));
 }
 
+/* As with VMX the event is gone after the entry, delivered or not: exit.idt_vectoring has it then. */
 static bool inject(struct cpu *cpu)
 {
-    struct cpu_event *ev = &CTL(cpu).entry_event;
+    struct cpu_event ev = CTL(cpu).entry_event;
 
-    if (!(ev->info & CPU_EVENT_VALID))
+    CTL(cpu).entry_event.info = 0;
+    if (!(ev.info & CPU_EVENT_VALID))
         return true;
-    if (!deliver_event(cpu, *ev, (GUEST(cpu).rip + ev->insn_len) & cpu->ip_mask))
+    if (!deliver_event(cpu, ev, (GUEST(cpu).rip + ev.insn_len) & cpu->ip_mask))
         return false;
-    ev->info = 0;
     if (CTL(cpu).flags & CPU_SINGLE_STEP)
         cpu->mtf = true;
     return true;

@@ -363,15 +363,15 @@ static bool next_delivery(struct cpu *cpu, struct delivery *d)
     if (first_is_exception && second != BENIGN) {
         enum exception_class first = exception_class(event_vector(d));
         if (event_vector(d) == DF_VECTOR) {
-            raise_exit(cpu, EXIT_TRIPLE_FAULT);
-            return not_delivered(cpu, d);
+            /* an exit during no delivery, as that of #DF below: SDM vol. 3 27.2.4 */
+            return raise_exit(cpu, EXIT_TRIPLE_FAULT);
         }
         if (first == PAGE_FAULT || (first == CONTRIBUTORY && second == CONTRIBUTORY)) {
             exc = (struct exception){
                 .vector = DF_VECTOR, .has_error = true, .type = CPU_EVENT_HARD_EXC >> 8};
             nested = delivery_of_exception(cpu, &exc, 0, 0);
             if (intercepted(cpu, &exc, &nested))
-                return not_delivered(cpu, d);
+                return false;
         }
     }
     *d = nested;

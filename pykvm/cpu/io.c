@@ -73,17 +73,19 @@ int x_out_dx(struct cpu *cpu, const struct insn *i) { return output(cpu, i, (u16
 
 /* ---- strings -------------------------------------------------------------------------------------- */
 
-/* How many elements to ask for: to the end of the page of the destination at la. */
+/* How many elements to ask for. KVM's formula: the rest of the page counts in bytes whatever
+ * the element size, and with DF the page is what lies below the first element. */
 static u32 ins_batch(const struct cpu *cpu, const struct insn *i, u64 la, u64 count)
 {
-    u64 room = (PAGE_SIZE - (la & (PAGE_SIZE - 1))) / i->opsize;
-    if ((GUEST(cpu).rflags & X86_EFLAGS_DF) || room == 0)
-        return 1;
-    if (count > room)
-        count = room;
-    if (count > INS_BATCH / i->opsize)
-        count = INS_BATCH / i->opsize;
-    return (u32)count;
+    u64 offset = la & (PAGE_SIZE - 1);
+    u64 room = GUEST(cpu).rflags & X86_EFLAGS_DF ? offset : PAGE_SIZE - offset;
+    u64 n = INS_BATCH / i->opsize;
+
+    if (n > room)
+        n = room;
+    if (n > count)
+        n = count;
+    return n ? (u32)n : 1;
 }
 
 /* The destination is known to be writable before the port is read: what the port gave must not

@@ -387,8 +387,8 @@ static const char *const form_text[F_MAX] = {
     [F_V_E] = "V,E", [F_X87] = "ModRM", [F_MMX] = "ModRM", [F_MMX_I8] = "ModRM,Ib", [F_MMX_DI] = "ModRM",
     [F_V_W] = "V,W", [F_V_W_I8] = "V,W,Ib", [F_V_H_W] = "V,H,W", [F_V_H_W_I8] = "V,H,W,Ib",
     [F_W_V] = "W,V", [F_W_H_V] = "W,H,V", [F_W_V_I8] = "W,V,Ib", [F_H_W_I8] = "H,W,Ib",
-    [F_V_X] = "V,E", [F_V_H_X] = "V,H,E", [F_V_H_X_I8] = "V,H,E,Ib", [F_X_V] = "E,V",
-    [F_X_V_I8] = "E,V,Ib", [F_G_W] = "G,W", [F_G_W_I8] = "G,W,Ib", [F_V_W_DI] = "V,W",
+    [F_V_X] = "V,X", [F_V_H_X] = "V,H,X", [F_V_H_X_I8] = "V,H,X,Ib", [F_X_V] = "X,V",
+    [F_X_V_I8] = "X,V,Ib", [F_G_W] = "G,W", [F_G_W_I8] = "G,W,Ib", [F_V_W_DI] = "V,W",
 };
 /* clang-format on */
 
@@ -420,6 +420,20 @@ static void describe(const struct op *op, unsigned n, char *text, unsigned size)
         snprintf(text + used, size - used, " %c%u", op->flags & O_REXW ? 'W' : 'B', n);
 }
 
+/* Which encodings a vector row has. */
+static void describe_encodings(const struct op *op, char *text, unsigned size)
+{
+    static const char *const name[] = {" sse", " vex128", " vex256"};
+
+    for (unsigned enc = 0; op->flags & O_SSE && enc < 3; enc++) {
+        bool there = false;
+        for (unsigned kind = 0; kind < K_MAX; kind++)
+            there |= op->body->fn[kind][enc] != NULL;
+        if (there)
+            snprintf(text + strlen(text), size - strlen(text), "%s", name[enc]);
+    }
+}
+
 /* Writes row *n of the rows below op, or counts *n down by their number. */
 static bool find_row(const struct op *op, const char *where, u32 flags, unsigned form, int *n,
                      char *row, unsigned size)
@@ -432,6 +446,7 @@ static bool find_row(const struct op *op, const char *where, u32 flags, unsigned
         snprintf(row, size, "%s%s %s%s%s%s%s%s", flags & O_VEX ? "vex " : "", where, op->name,
                  *form_text[form] ? " " : "", form_text[form], flags & O_BYTE ? " 8-bit" : "", flags & O_LOCK ? " lock" : "",
                  flags & O_CPL0 ? " cpl0" : "");
+        describe_encodings(op, row, size);
         return true;
     }
     for (unsigned k = 0; k < nr_rows(op); k++) {

@@ -48,8 +48,10 @@ static ALWAYS_INLINE int string_insn(struct cpu *cpu, const struct insn *i, elem
         repeat_done(cpu, i, n);
         if (repeat == WHILE_CONDITION && condition_ends(cpu, i))
             break;
-        if (n < count &&
-            (cpu->step || budget <= 0 || atomic_load_explicit(&cpu->request, memory_order_relaxed)))
+        /* With MMIO posted the last one, too, leaves rip here: it retires finding rCX 0, as in KVM. */
+        if (cpu->posted ||
+            (n < count && (cpu->step || budget <= 0 ||
+                           atomic_load_explicit(&cpu->request, memory_order_relaxed))))
             return repeat_later(cpu, i);
     }
     NEXT(cpu, i);

@@ -412,6 +412,20 @@ static void l1_install(struct cpu *cpu, enum tlb_ctx ctx, const struct l2_entry 
     arr[TLB_INDEX(e->page)] = (struct tlbe){.tag = e->page, .addend = e->word & PAGE_MASK};
 }
 
+/* A read that the module has answered stays MMIO to its end, even if memory has come there since. */
+static bool is_answered(const struct cpu *cpu, unsigned access, u64 gpa, unsigned len)
+{
+    const struct cpu_ctl *ctl = &CTL(cpu);
+
+    if (likely(cpu->mmio_pos >= ctl->mmio_count) || access & (ACC_WRITE | ACC_FETCH))
+        return false;
+    for (u32 k = cpu->mmio_pos; k < ctl->mmio_count && k < CPU_NR_MMIO; k++) {
+        if (ctl->mmio[k].gpa == gpa && ctl->mmio[k].len == len)
+            return true;
+    }
+    return false;
+}
+
 static bool walk_and_fill(struct cpu *cpu, enum tlb_ctx ctx, unsigned access, u64 right,
                           struct span *s)
 {
@@ -424,6 +438,11 @@ static bool walk_and_fill(struct cpu *cpu, enum tlb_ctx ctx, unsigned access, u6
     s->mmio = t.mmio;
     if (t.mmio)
         return true;
+    if (unlikely(is_answered(cpu, access, t.gpa, s->len))) {
+        s->hva = 0;
+        s->mmio = true;
+        return true;
+    }
     u64 rights = right | (t.readable ? E_R : 0) | (t.writable ? E_W : 0);
     l1_install(cpu, ctx, l2_fill(cpu, ctx, s->la & PAGE_MASK, rights, &t), right);
     return true;

@@ -19,14 +19,15 @@ _OFFSET = 0xFFF
 def gva_to_gpa(vcpu: Vcpu, gla: int) -> int | None:
     """Return what a read by the system finds at a linear address; None: a page fault.
 
-    No A and D bits are set.
+    As any walk of KVM's it sets A bits.
     """
     guest = vcpu.cpu.guest
     if not guest.cr0 & uapi.X86_CR0_PG:
         return gla
     paging = paging_of(guest, vcpu.cpuid.has("GBPAGES"), vcpu.cpuid.maxphyaddr)
     want = Access(ac=bool(guest.rflags & uapi.X86_EFLAGS_AC))
-    found = walk_addr(paging, gla, want, GuestTables(vcpu.vm, vcpu.as_id).read, None)
+    tables = GuestTables(vcpu.vm, vcpu.as_id)
+    found = walk_addr(paging, gla, want, tables.read, tables.set_bits)
     return (found.gfn << 12) | gla & _OFFSET if isinstance(found, Walk) else None
 
 

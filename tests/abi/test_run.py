@@ -14,7 +14,7 @@ from pykvm import uapi
 from pykvm.abi import ffi, fields, new
 
 from tests.conftest import NewMachine
-from tests.machine import CODE, HOLE, POISON, Machine
+from tests.machine import CODE, HOLE, POISON, Machine, emulated
 
 HOLE_SEGMENT = HOLE >> 4
 HLT = b"\xf4"
@@ -44,12 +44,6 @@ def in_hole(machine: Machine, code: bytes, **regs: int) -> None:
     """Run code with DS at a hole."""
     machine.start(code, **regs)
     machine.segment("ds", HOLE_SEGMENT)
-
-
-def emulated(machine: Machine, how: str) -> None:
-    """Skip on a real device: the one at hand runs guest code in KVM's emulator, not on a processor."""
-    if machine.backend.real:
-        pytest.skip(f"a kernel that emulates guest code {how}")
 
 
 # ---- kvm_run itself ------------------------------------------------------------------------------
@@ -481,8 +475,7 @@ def test_an_event_whose_frame_is_in_a_hole_cannot_be_delivered(machine: Machine)
 
 @pytest.mark.spec("exit.FAIL_ENTRY")
 def test_a_state_no_processor_can_hold(machine: Machine) -> None:
-    if machine.backend.real:
-        pytest.skip("depends on the vendor")
+    emulated(machine, "enters it")
     machine.start(HLT)
     # RFLAGS.VM in long mode: SDM vol. 3 26.3.1.4.
     sregs = machine.sregs

@@ -46,6 +46,114 @@ static uint64_t operand(uint64_t *s)
     }
 }
 
+/* Floating point of 32 and 64 bits: zeros, denormals, the ends of ranges, infinities, NaNs, values
+ * about those that integers hold; half precision; masks; anything. */
+static uint32_t float32(uint64_t *s)
+{
+    static const uint32_t edges[] = {
+        0,          1,          0x00400000, 0x007fffff, 0x00800000, 0x00ffffff, 0x1fffffff,
+        0x20000000, 0x33800000, 0x3effffff, 0x3f000000, 0x3f800000, 0x3fc00000, 0x40000000,
+        0x40200000, 0x4effffff, 0x4f000000, 0x5f000000, 0x7f000000, 0x7f7fffff, 0x7f800000,
+        0x7f800001, 0x7fa12345, 0x7fc00000, 0x7fc12345,
+    };
+    uint64_t r = next_random(s);
+    uint32_t v = edges[(r >> 8) % (sizeof(edges) / sizeof(*edges))] | (uint32_t)(r >> 63 << 31);
+
+    switch (r & 3) {
+    case 0: return v;
+    case 1: return v ^ (r >> 40 & 3);
+    case 2: return 0x3f000000 + (uint32_t)(r >> 16 & 0x1ffffff) + (uint32_t)(r >> 63 << 31);
+    default: return (uint32_t)(r >> 16);
+    }
+}
+
+static uint64_t float64(uint64_t *s)
+{
+    static const uint64_t edges[] = {
+        0,                  1,                  0x000fffffffffffff, 0x0010000000000000,
+        0x1fffffffffffffff, 0x2000000000000000, 0x3690000000000000, 0x36a0000000000000,
+        0x3800000000000000, 0x380fffffffffffff, 0x3fe0000000000000, 0x3ff0000000000000,
+        0x3ff8000000000000, 0x4004000000000000, 0x41dfffffffc00000, 0x41e0000000000000,
+        0x43e0000000000000, 0x47efffffe0000000, 0x47efffffffffffff, 0x7fefffffffffffff,
+        0x7ff0000000000000, 0x7ff0000000000001, 0x7ff4000012345678, 0x7ff8000000000000,
+    };
+    uint64_t r = next_random(s);
+    uint64_t v = edges[(r >> 8) % (sizeof(edges) / sizeof(*edges))] | (r >> 63 << 63);
+
+    switch (r & 3) {
+    case 0: return v;
+    case 1: return v ^ (r >> 40 & 3);
+    case 2: return 0x3fe0000000000000 + next_random(s) % 0x40000000000000 + (r >> 63 << 63);
+    default: return next_random(s);
+    }
+}
+
+static uint64_t half4(uint64_t *s)
+{
+    static const uint16_t edges[] = {0,      1,      0x3ff,  0x400,  0x3c00, 0x7bff,
+                                     0x7c00, 0x7c01, 0x7e00, 0x8000, 0xfbff, 0xfc00};
+    uint64_t v = next_random(s);
+
+    for (unsigned n = 0; n < 4; n++) {
+        uint64_t r = next_random(s);
+        if (r & 1)
+            v = (v & ~(0xffffull << 16 * n)) | (uint64_t)edges[(r >> 8) % 12] << 16 * n;
+    }
+    return v;
+}
+
+/* Vectors are of one kind each. */
+static void vector(uint64_t *s, uint64_t *v, unsigned n)
+{
+    unsigned kind = next_random(s) % 8;
+
+    for (unsigned k = 0; k < n; k++) {
+        switch (kind) {
+        case 0: case 1: v[k] = float32(s); v[k] |= (uint64_t)float32(s) << 32; break;
+        case 2: case 3: v[k] = float64(s); break;
+        case 4: v[k] = half4(s); break;
+        case 5: v[k] = next_random(s) & (0x8080808080808080 | next_random(s) % 256 * 0x0101010101010101); break;
+        case 6: v[k] = operand(s); break;
+        default: v[k] = next_random(s);
+        }
+    }
+}
+
+static void set_mxcsr(uint8_t *xsave, uint32_t v) { memcpy(xsave + FUZZ_MXCSR, &v, sizeof(v)); }
+
+static void random_vectors(uint64_t *s, uint8_t *xsave)
+{
+    uint64_t r = next_random(s), bv = 7;
+    uint32_t mxcsr = 0x1f80 | (r & 0x3f);
+
+    memcpy(xsave + FUZZ_XSTATE_BV, &bv, sizeof(bv));
+    for (unsigned n = 0; n < 16; n++) {
+        uint64_t v[4];
+        vector(s, v, 4);
+        memcpy(xsave + FUZZ_XMM + 16 * n, v, 16);
+        memcpy(xsave + FUZZ_YMM + 16 * n, v + 2, 16);
+    }
+    for (unsigned n = 0; r >> 60 == 0 && n < 16; n++) /* equal operands */
+        memcpy(xsave + FUZZ_XMM + 16 * n, xsave + FUZZ_XMM + 16 * (r >> n & 3), 16);
+    if (r & 0x100) /* rounding */
+        mxcsr |= r >> 16 & 0x6000;
+    if (!(r & 0xe00)) /* flush to zero, denormals are zero */
+        mxcsr |= r >> 20 & 0x8040;
+    if (!(r & 0x3000)) /* unmasked exceptions */
+        mxcsr &= ~(uint32_t)(r >> 32 & 0x1f80);
+    set_mxcsr(xsave, mxcsr);
+}
+
+static void small_indexes(uint64_t *s, uint8_t *xsave, unsigned reg, unsigned size)
+{
+    for (unsigned k = 0; k < 32; k += size) {
+        int64_t v = (int64_t)(next_random(s) % 0x300) - 0x80;
+        if (next_random(s) % 64 == 0)
+            v = (int64_t)next_random(s);
+        memcpy(xsave + (k < 16 ? FUZZ_XMM : FUZZ_YMM - 16) + 16 * reg + k, &v, size);
+    }
+}
+
 static uint64_t background(uint64_t memory_seed) { return next_random(&memory_seed); }
 
 void fuzz_expand(const struct fuzz_template *t, uint64_t seed, struct fuzz_case *c)
@@ -64,21 +172,35 @@ void fuzz_expand(const struct fuzz_template *t, uint64_t seed, struct fuzz_case 
         c->in.gpr[RAX] = background(c->memory_seed);
     for (unsigned n = 0; n < 16 && (t->flags & (FUZZ_CODE32 | FUZZ_CODE16)); n++)
         c->in.gpr[n] = (uint32_t)c->in.gpr[n];
+    c->in.xsave[0] = 0x7f; /* FCW */
+    c->in.xsave[1] = 0x03;
+    set_mxcsr(c->in.xsave, 0x1f80);
+    if (t->flags & FUZZ_VECTOR)
+        random_vectors(&seed, c->in.xsave);
+    if (t->index_size)
+        small_indexes(&seed, c->in.xsave, t->index_register, t->index_size);
     c->in.rip = t->rip;
     c->in.rflags = 0x202 | (next_random(&seed) & 0xcd5);
 }
 
-/* A repeating word with some changes: string instructions find equal and unequal runs. */
+/* A repeating word (or eight, for vectors) with some changes: string instructions find equal and
+ * unequal runs. */
 void fuzz_fill(uint8_t *pages, const struct fuzz_case *c)
 {
     uint64_t seed = c->memory_seed, word = next_random(&seed);
+    uint64_t words[8] = {word, word, word, word, word, word, word, word};
+
+    if (c->flags & FUZZ_VECTOR) {
+        vector(&seed, words, 4);
+        vector(&seed, words + 4, 4);
+    }
 
     for (unsigned page = 0; page < FUZZ_DATA_PAGES; page++) {
         uint64_t *p = (uint64_t *)(pages + page * PAGE);
         if (page == 2)
             continue;
         for (unsigned n = 0; n < PAGE / 8; n++)
-            p[n] = word;
+            p[n] = words[n & 7];
         for (unsigned n = 0; n < 24; n++)
             p[next_random(&seed) % (PAGE / 8)] = next_random(&seed);
     }
@@ -119,11 +241,19 @@ static int same_exception(const struct fuzz_result *a, const struct fuzz_result 
     return a->vector < 0 || (a->error == b->error && (a->vector != 14 || a->cr2 == b->cr2));
 }
 
+static int same_vectors(const struct fuzz_result *a, const struct fuzz_result *b)
+{
+    const uint8_t *x = a->out.xsave, *y = b->out.xsave;
+    return !memcmp(x + FUZZ_MXCSR, y + FUZZ_MXCSR, 4) && !memcmp(x + FUZZ_XMM, y + FUZZ_XMM, 256) &&
+           !memcmp(x + FUZZ_YMM, y + FUZZ_YMM, 256);
+}
+
 static int same(const struct fuzz_case *c, const struct fuzz_result *a, const struct fuzz_result *b)
 {
     if (b->vector == 14 && a->vector != 14 && is_foreign(b->cr2))
         return 1;
     return same_exception(a, b) && a->out.rip == b->out.rip &&
+           (!(c->flags & FUZZ_VECTOR) || same_vectors(a, b)) &&
            !memcmp(a->out.gpr, b->out.gpr, sizeof(a->out.gpr)) &&
            !((a->out.rflags ^ b->out.rflags) & c->flags_mask) && a->memory_hash == b->memory_hash;
 }

@@ -10,6 +10,25 @@
 #define PF 14
 #define STEPS 100000 /* iterations of a REP instruction */
 
+/* The XSAVE image; what of it the guest state has in another form is left alone. */
+static void set_vectors(struct cpu_fpu *f, const uint8_t *xsave)
+{
+    memcpy(&f->mxcsr, xsave + FUZZ_MXCSR, sizeof(f->mxcsr));
+    for (unsigned n = 0; n < 16; n++) {
+        memcpy(f->ymm[n], xsave + FUZZ_XMM + 16 * n, 16);
+        memcpy(f->ymm[n] + 16, xsave + FUZZ_YMM + 16 * n, 16);
+    }
+}
+
+static void get_vectors(const struct cpu_fpu *f, uint8_t *xsave)
+{
+    memcpy(xsave + FUZZ_MXCSR, &f->mxcsr, sizeof(f->mxcsr));
+    for (unsigned n = 0; n < 16; n++) {
+        memcpy(xsave + FUZZ_XMM + 16 * n, f->ymm[n], 16);
+        memcpy(xsave + FUZZ_YMM + 16 * n, f->ymm[n] + 16, 16);
+    }
+}
+
 /* How it ended: what of enum cpu_exit_reason is not an end. */
 static int enter(const struct fuzz_core *core, const struct fuzz_case *c)
 {
@@ -43,6 +62,8 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
     memcpy(g->gpr, c->in.gpr, sizeof(c->in.gpr));
     g->rip = c->in.rip;
     g->rflags = c->in.rflags;
+    if (c->flags & FUZZ_VECTOR)
+        set_vectors(&g->fpu, c->in.xsave);
     g->interruptibility = g->pending_dbg = 0;
     v->ctl.flags =
         (v->ctl.flags & ~(uint32_t)CPU_SINGLE_STEP) | (c->flags & FUZZ_STEP ? CPU_SINGLE_STEP : 0);
@@ -53,6 +74,8 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
     memcpy(r->out.gpr, g->gpr, sizeof(r->out.gpr));
     r->out.rip = g->rip;
     r->out.rflags = g->rflags;
+    if (c->flags & FUZZ_VECTOR)
+        get_vectors(&g->fpu, r->out.xsave);
     r->memory_hash = fuzz_hash(core->data);
     r->vector = reason == EXIT_MTF ? -1 : -2 - reason;
     if (reason == EXIT_EXCEPTION) {

@@ -24,6 +24,7 @@
 #define FUZZ_STEP 8      /* the core executes it in single-step mode */
 #define FUZZ_CODE32 16   /* 32-bit code in flat segments; neither this nor the next: 64-bit code */
 #define FUZZ_CODE16 32   /* 16-bit code: CS at FUZZ_CODE; DS, ES, SS at FUZZ_DATA */
+#define FUZZ_VECTOR 64   /* vector registers, MXCSR and data are of interest for vector instructions */
 
 /* Limits of 16-bit code.  ES expands down: what is above its limit is accessible. */
 #define FUZZ_CS_LIMIT 0x1fff
@@ -31,9 +32,18 @@
 #define FUZZ_SS_LIMIT 0x4fff
 #define FUZZ_ES_LIMIT 0x00ff
 
+/* Of the XSAVE image (SDM vol. 1 13.4), which struct fuzz_state contains. */
+#define FUZZ_MXCSR 24
+#define FUZZ_XMM 160
+#define FUZZ_XSTATE_BV 512
+#define FUZZ_YMM 576
+#define FUZZ_XSAVE_SIZE 832
+
 struct fuzz_state {
     uint64_t gpr[16];
     uint64_t rip, rflags;
+    uint64_t pad[6];
+    uint8_t xsave[FUZZ_XSAVE_SIZE]; /* standard format; aligned to 64 bytes where it is used */
 };
 
 struct fuzz_template {
@@ -46,6 +56,8 @@ struct fuzz_template {
     uint64_t rip;
     uint64_t patch_at, patch; /* eight bytes of data with a value that matters; 0: none */
     uint64_t flags_mask;      /* rflags bits that are defined */
+    uint32_t index_size;      /* 4 or 8: vector register index_register holds small numbers of that size */
+    uint32_t index_register;
 };
 
 struct fuzz_case {

@@ -46,10 +46,12 @@ struct save {
     uint64_t cr2;
 };
 #define saved ((struct save *)SAVE)
-_Static_assert(offsetof(struct save, out) == 144, "used by the trampoline");
-_Static_assert(offsetof(struct save, host_rsp) == 288, "used by the trampoline");
-_Static_assert(offsetof(struct save, far_offset) == 296, "used by the trampoline");
-_Static_assert(offsetof(struct save, ds) == 302, "used by the trampoline");
+_Static_assert(offsetof(struct save, in.xsave) == 192, "used by the trampoline");
+_Static_assert(offsetof(struct save, out) == 1024, "used by the trampoline");
+_Static_assert(offsetof(struct save, host_rsp) == 2048, "used by the trampoline");
+_Static_assert(offsetof(struct save, far_offset) == 2056, "used by the trampoline");
+_Static_assert(offsetof(struct save, far_selector) == 2060, "used by the trampoline");
+_Static_assert(offsetof(struct save, ds) == 2062, "used by the trampoline");
 
 void fuzz_enter(void);
 void fuzz_leave(void);
@@ -60,9 +62,11 @@ extern const char fuzz_end[];
 #define STR_(x) #x
 #define STR(x) STR_(x)
 #define IN STR(SAVE) "+"
-#define OUT STR(SAVE) "+144+"
-#define HOST_RSP STR(SAVE) "+288"
-#define FAR_SELECTOR STR(SAVE) "+300"
+#define OUT STR(SAVE) "+1024+"
+#define HOST_RSP STR(SAVE) "+2048"
+#define FAR_POINTER STR(SAVE) "+2056"
+#define FAR_SELECTOR STR(SAVE) "+2060"
+#define X87_SSE_AVX "mov $7, %eax\nxor %edx, %edx\n"
 #define EACH_REGISTER(X)                                                                           \
     X("0", "rax") X("8", "rcx") X("16", "rdx") X("24", "rbx") X("40", "rbp") X("48", "rsi")        \
     X("56", "rdi") X("64", "r8") X("72", "r9") X("80", "r10") X("88", "r11") X("96", "r12")        \
@@ -76,11 +80,12 @@ __asm__(".text\n"
         "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
         "mov %rsp, " HOST_RSP "\n"
         "mov $" STR(SAVE_STACK) ", %esp\n"
-        "mov " STR(SAVE) "+302, %ds\nmov " STR(SAVE) "+304, %es\nmov " STR(SAVE) "+306, %ss\n"
+        "mov " STR(SAVE) "+2062, %ds\nmov " STR(SAVE) "+2064, %es\nmov " STR(SAVE) "+2066, %ss\n"
+        X87_SSE_AVX "xrstor64 " IN "192\n"
         "movzwl " FAR_SELECTOR ", %ecx\ntest %ecx, %ecx\njz 1f\n"
         "pushq " IN "136\npopfq\n"
         EACH_REGISTER(LOAD)
-        "ljmp *" STR(SAVE) "+296\n"
+        "ljmp *" FAR_POINTER "\n"
         "1: pushq " IN "136\npopfq\n"
         EACH_REGISTER(LOAD)
         "jmp *" IN "128\n"
@@ -88,6 +93,7 @@ __asm__(".text\n"
         EACH_REGISTER(STORE)
         "mov $" STR(SAVE_STACK) ", %esp\n"
         "pushfq\npopq " OUT "136\n"
+        X87_SSE_AVX "xsave64 " OUT "192\n"
         "mov $" STR(USER_DS) ", %eax\nmov %eax, %ss\n"
         ".globl fuzz_return\nfuzz_return:\n"
         "mov " HOST_RSP ", %rsp\n"
@@ -105,6 +111,7 @@ static void on_signal(int sig, siginfo_t *info, void *context)
 {
     greg_t *g = ((ucontext_t *)context)->uc_mcontext.gregs;
     (void)sig, (void)info;
+    memcpy(saved->out.xsave, ((ucontext_t *)context)->uc_mcontext.fpregs, FUZZ_XSAVE_SIZE);
     for (int n = 0; n < 16; n++)
         saved->out.gpr[n] = (uint64_t)g[greg[n]];
     saved->out.rip = (uint64_t)g[REG_RIP];
@@ -164,6 +171,15 @@ static void choose_segments(const struct fuzz_case *c)
     saved->ss = code16 ? LDT_SELECTOR(LDT_SS) : USER_DS;
 }
 
+/* XSAVE leaves out what is in its initial state. */
+static void complete_vectors(uint8_t *xsave)
+{
+    if (!(xsave[FUZZ_XSTATE_BV] & 2))
+        memset(xsave + FUZZ_XMM, 0, 256);
+    if (!(xsave[FUZZ_XSTATE_BV] & 4))
+        memset(xsave + FUZZ_YMM, 0, 256);
+}
+
 static void run_case(const struct fuzz_case *c, struct fuzz_result *r)
 {
     uint8_t *at = code + c->in.rip - (c->flags & FUZZ_CODE16 ? 0 : FUZZ_CODE);
@@ -178,7 +194,11 @@ static void run_case(const struct fuzz_case *c, struct fuzz_result *r)
     saved->error = 0;
     saved->cr2 = 0;
     saved->out.rip = c->in.rip + c->len;
+    memset(saved->out.xsave + FUZZ_XSTATE_BV, 0, 64);
     fuzz_enter();
+    __asm__ volatile("fninit");
+    __builtin_ia32_ldmxcsr(0x1f80);
+    complete_vectors(saved->out.xsave);
     memset(at, 0xcc, c->len + 14);
 
     r->out = saved->out;
