@@ -175,7 +175,7 @@ def _real_ioctl(fd: int, request: int, arg: int | CData) -> int:
         return fcntl.ioctl(fd, request, arg)
     # sizeof(arg[0]) counts a flexible array that ffi.buffer() alone would leave out.
     buffer = ffi.buffer(arg, ffi.sizeof(arg[0])) if isinstance(arg, ffi.CData) else arg
-    return fcntl.ioctl(fd, request, cast("bytearray", buffer))
+    return int(fcntl.ioctl(fd, request, cast("bytearray", buffer)))
 
 
 class _Fd:

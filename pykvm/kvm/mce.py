@@ -76,6 +76,12 @@ def mc_bank(vcpu: Vcpu, index: int, host: bool) -> int:
     return vcpu.msrs.get(index)
 
 
+def _can_set_status(vcpu: Vcpu) -> bool:
+    """AMD's processors let software write a status if it asks for that first."""
+    enabled = vcpu.msrs.get(uapi.MSR_K7_HWCR) & _HWCR_MC_STATUS_WRITE_ENABLE
+    return vcpu.cpuid.is_amd_compatible and bool(enabled)
+
+
 @mc_bank.writer
 def _write_mc_bank(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     bank, member = divmod(index - uapi.MSR_IA32_MC0_CTL, 4)
@@ -83,8 +89,7 @@ def _write_mc_bank(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     # Bits 0 and 10 some systems clear to work around errata: x86.c set_msr_mce.
     if member == 0 and data and data | 1 << 10 | 1 != _MASK64:
         raise invalid()
-    writable = host or vcpu.msrs.get(uapi.MSR_K7_HWCR) & _HWCR_MC_STATUS_WRITE_ENABLE
-    if member == 1 and data and not writable:
+    if member == 1 and data and not (host or _can_set_status(vcpu)):
         raise invalid()
     vcpu.msrs.values[index] = data
 

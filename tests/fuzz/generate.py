@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # fuzz.h
 DATA, CODE, GS_BASE = 0x1000_0000, 0x2000_0000, 0x1000
-BRANCH, REPEATED, RAX_FOUND = 1, 2, 4
+BRANCH, REPEATED, RAX_FOUND, VECTOR = 1, 2, 4, 64
 CODE_FLAGS = {64: 0, 32: 16, 16: 32}
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
@@ -33,16 +33,21 @@ FORMS_WITHOUT_MODRM = {"", "A,I", "Z", "Z,I", "A,Z", "I", "Ib", "Iw", "Iw,Ib", "
 FORMS_WITHOUT_MODRM |= {"DX", "far", "string", "S"}
 FORMS_WITH_MODRM = {"E,G", "G,E", "E,I", "E,Ib", "G,E,I", "G,E,Ib", "E", "E,1", "E,CL", "E,G,Ib", "E,G,CL"}
 FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "G,V,E", "G,E,V", "V,E"}
-ROW_FLAGS = {"8-bit", "lock", "cpl0"}
+# V, H: vector registers of reg and vvvv; W: r/m; X: r/m that is a general register; G: reg that is one
+FORMS_OF_VECTORS = {"V,W", "V,W,Ib", "V,H,W", "V,H,W,Ib", "W,V", "W,H,V", "W,V,Ib", "H,W,Ib"}
+FORMS_OF_VECTORS |= {"V,X", "V,H,X", "V,H,X,Ib", "X,V", "X,V,Ib", "G,W", "G,W,Ib"}
+FORMS_WITH_MODRM |= FORMS_OF_VECTORS
+ENCODINGS = {"sse", "vex128", "vex256"}
+ROW_FLAGS = {"8-bit", "lock", "cpl0"} | ENCODINGS
 
 # The integer instructions among rows of forms that others have, too.
-INTEGER_NAMES = {"M": {"cmpxchg8b", "cmpxchg16b"}, "V,E": {"blsr", "blsmsk", "blsi"}, "ModRM": {"nop"}}
+INTEGER_NAMES = {"M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr"}, "V,E": {"blsr", "blsmsk", "blsi"}, "ModRM": {"nop"}}
 # Not for a user program, or different at every execution, or about state that is not compared here.
 NOT_COMPARED = """
     syscall sysret sysenter sysexit int int3 int1 into iret cpuid rdtsc rdtscp rdpmc rdrand rdseed rdpid
     xgetbv rdpkru wrpkru rdfsbase rdgsbase wrfsbase wrgsbase sgdt sidt sldt str smsw lar lsl verr verw arpl
     push_s pop_s les lds lss lfs lgs retf vmcall vmmcall monitor mwait rsm serialize cli sti prefetch
-    ud0 ud1 ud2 clflush clflushopt clwb pause ldmxcsr stmxcsr emms vzeroupper fwait lfence mfence sfence
+    ud0 ud1 ud2 clflush clflushopt clwb pause emms fwait lfence mfence sfence
 """
 SKIPPED = frozenset(NOT_COMPARED.split())
 BRANCHES = {"jmp", "call", "ret", "jcxz", "loop", "loope", "loopne"}
@@ -73,6 +78,15 @@ class Row:
         return (
             self.form in FORMS_WITH_MODRM or bool(self.selectors & {"mem", "reg"}) or self.group is not None
         )
+
+    @property
+    def encodings(self) -> list[str]:
+        """Of a vector instruction: those it has.  Of others: nothing."""
+        return sorted(ENCODINGS & self.flags)
+
+    @property
+    def is_gather(self) -> bool:
+        return "gather" in self.name
 
     @property
     def group(self) -> int | None:
@@ -147,6 +161,7 @@ class Template:
     rip: int = CODE + 0x100
     patch: tuple[int, int] = (0, 0)
     flags_mask: int = CHECKED_FLAGS
+    index: tuple[int, int] = (0, 0)  # size of the indexes and register, of a gather
 
 
 @dataclass
@@ -154,6 +169,8 @@ class Encoding:
     """What has been decided about an instruction under construction."""
 
     bits: int
+    vex: bool = False
+    vsib: bool = False
     legacy: list[int] = field(default_factory=list)
     rex: int = 0
     has_rex: bool = False
@@ -209,7 +226,11 @@ class Encoding:
         if self.sib is None:
             return None
         index = (self.sib >> 3 & 7) | (self.rex & 2) << 2
-        return None if index == RSP else index
+        return None if index == RSP or self.vsib else index
+
+    @property
+    def vector_index(self) -> int:
+        return ((self.sib or 0) >> 3 & 7) | (self.rex & 2) << 2
 
     @property
     def scale(self) -> int:
@@ -291,7 +312,7 @@ class Generator:
         if self.chance(8):
             t.rip = self.code + 0x1000 - self.random.randrange(16)
         e = Encoding(self.bits)
-        self.choose_prefixes(row, e)
+        self.choose_prefixes(row, e, t)
         self.choose_modrm(row, e)
         self.choose_immediate(row, e)
         self.set_stack(
@@ -313,13 +334,16 @@ class Generator:
         if self.bits == 16 and self.chance(2):
             t.fixed[RSP] |= self.number(16) << 16  # above SP
 
-    def choose_prefixes(self, row: Row, e: Encoding) -> None:
+    def choose_prefixes(self, row: Row, e: Encoding, t: Template) -> None:
         legacy = []
-        if row.prefix in {"66", "f2", "f3"} and not row.vex:
+        e.vex = row.vex
+        if row.encodings:
+            self.choose_encoding(row, e, t)
+        if row.prefix in {"66", "f2", "f3"} and not e.vex:
             legacy.append(int(row.prefix, 16))
         elif not row.prefix and self.chance(2 if row.form == "string" else 10):
             legacy.append(self.random.choice((0xF2, 0xF3)))
-        if not row.prefix and not row.vex and self.chance(5):
+        if not row.prefix and not e.vex and self.chance(5):
             legacy.append(0x66)
         if self.chance(12):
             legacy.append(0x67)
@@ -327,17 +351,29 @@ class Generator:
             prefix = self.random.choice((*SEGMENT_PREFIXES, 0x65))
             # the host's FS is the C library's in 64-bit code
             legacy.append(0x65 if prefix == 0x64 and self.bits == 64 else prefix)
-        if not row.vex and self.chance(6 if "lock" in row.flags else 60):
+        if not e.vex and self.chance(6 if "lock" in row.flags else 60):
             legacy.append(0xF0)
         self.random.shuffle(legacy)
         e.legacy = legacy
         e.has_rex = self.bits == 64 and (self.chance(2) or bool(row.rex_bit))
-        e.rex = self.random.getrandbits(4) if e.has_rex or (row.vex and self.bits == 64) else 0
-        for bit, value in row.rex_bit.items() if self.bits == 64 else ():
+        e.rex = self.random.getrandbits(4) if e.has_rex or (e.vex and self.bits == 64) else 0
+        if e.vex and self.bits < 64:
+            e.rex = self.random.getrandbits(1) << 3
+        for bit, value in row.rex_bit.items() if self.bits == 64 or e.vex else ():
             mask = 8 if bit == "W" else 1
             e.rex = e.rex & ~mask | mask * value
         e.vvvv = self.random.getrandbits(4 if self.bits == 64 else 3)
-        e.vex_l = int(self.chance(30))
+        if row.encodings and "H" not in row.form and not self.chance(30):
+            e.vvvv = 0
+        if self.chance(30):
+            e.vex_l ^= 1
+
+    def choose_encoding(self, row: Row, e: Encoding, t: Template) -> None:
+        encoding = self.random.choice(row.encodings)
+        e.vex = encoding != "sse"
+        e.vex_l = int(encoding == "vex256")
+        e.vsib = row.is_gather
+        t.flags |= VECTOR
 
     def choose_modrm(self, row: Row, e: Encoding) -> None:
         if not row.modrm:
@@ -350,7 +386,8 @@ class Generator:
             e.modrm = 0xC0 | reg << 3 | (self.random.getrandbits(3) if row.rm is None else row.rm)
             return
         mod = self.random.randrange(3)
-        e.modrm = mod << 6 | reg << 3 | self.random.getrandbits(3)
+        rm = RSP if row.is_gather and not self.chance(60) else self.random.getrandbits(3)
+        e.modrm = mod << 6 | reg << 3 | rm
         if e.modrm16:
             size = 2 if mod == 2 or e.base is None else mod
         else:
@@ -374,6 +411,10 @@ class Generator:
     def solve_address(self, row: Row, e: Encoding, t: Template) -> None:
         """Registers or displacement so that the operand is at e.target, or near it."""
         e.target = e.target or self.any_address()
+        if row.encodings and not self.chance(4):
+            e.target &= -32 if e.vex_l else -16
+        if row.is_gather:
+            t.index = (8 if row.name[-2:-1] == "q" or "gatherq" in row.name else 4, e.vector_index)
         if row.name == "cmpxchg16b" and not self.chance(4):
             e.target &= ~15
         base, index, scale = e.base, e.index, e.scale
@@ -462,6 +503,15 @@ class Generator:
             t.fixed[RDX] = self.random.choice((0, 0, MASK64, self.number(8), self.number(62)))
         elif row.name.startswith("cmpxchg") and self.chance(2):
             self.make_equal(row, e, t)
+        elif row.name.startswith("pcmpestr") and not busy & {RAX, RDX}:
+            t.fixed[RAX], t.fixed[RDX] = self.length(), self.length()
+        elif row.name == "maskmovdqu":
+            t.fixed[RDI] = self.any_address() - e.segment_base()
+        elif row.name == "ldmxcsr" and self.chance(2) and DATA <= e.target <= DATA + 0x1FF8:
+            t.patch = (e.target, self.number(16))
+
+    def length(self) -> int:
+        return self.random.randrange(-20, 20) if self.chance(2) else self.number(64)
 
     def move_patch(self, e: Encoding, t: Template) -> None:
         """The address could not be met exactly."""
@@ -502,7 +552,7 @@ class Generator:
 
     def encode(self, row: Row, e: Encoding) -> bytes:
         out = bytes(e.legacy)
-        if row.vex:
+        if e.vex:
             out += self.encode_vex(row, e)
         else:
             out += bytes([0x40 | e.rex]) if e.has_rex else b""
@@ -530,6 +580,8 @@ class Generator:
             return True  # what is behind the instruction is not the same
         if self.bits == 64 and row.is_branch and 0x66 in e.legacy:
             return True  # AMD truncates rip to 16 bits; we ignore the prefix as Intel does (SDM vol. 2, JMP)
+        if row.name == "maskmovdqu" and t.fixed[RDI] >> 46:
+            return True  # across the end of canonical addresses the mask decides (SDM vol. 2: implementation-specific)
         if row.name in {"loope", "loopne"} and {0xF2, 0xF3} & set(e.legacy):
             return True  # REPE and REPNE decide about ZF in place of the opcode (measured on Zen 5)
         # MOVSXD r16: the source is 16 bits (SDM vol. 2); Zen 5 reads 32

@@ -21,15 +21,18 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cffi import FFI
 
 from pykvm.abi import ffi, lib
-from tests.fuzz.generate import GS_BASE, Generator, Template, is_generated, table
+from tests.fuzz.generate import GS_BASE, VECTOR, Generator, Template, is_generated, table
 from tests.fuzz.undefined import host
 from tests.guest.bare import CODE as ENTRY
 from tests.guest.bare import GPRS, PD, Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HERE = Path(__file__).parent
 INCLUDE = HERE.parent.parent / "include"
@@ -85,6 +88,8 @@ class Core:
         if bits < 64:
             self._legacy_segments(fuzz_lib, bits)
         m.guest.cr0 |= lib.X86_CR0_AM
+        m.guest.cr4 |= lib.X86_CR4_OSFXSR | lib.X86_CR4_OSXMMEXCPT | lib.X86_CR4_OSXSAVE
+        m.guest.xcr0 = 7
         m.ctl.exception_bitmap = 2**32 - 1
         lib.cpu_state_changed(m.cpu)
         lib.cpu_flush_tlb(m.cpu)
@@ -161,6 +166,7 @@ class Fuzzer:
             t.value[register] = value & 2**64 - 1
         t.patch_at, t.patch = template.patch[0], template.patch[1] & 2**64 - 1
         t.flags_mask = template.flags_mask
+        t.index_size, t.index_register = template.index
         for k in range(VARIANTS):
             self.lib.fuzz_expand(t, seed + k, self.cases + at + k)
             if k & 1:
@@ -206,7 +212,24 @@ class Fuzzer:
             parts.append(f"rflags {n.out.rflags:#x}, core {e.out.rflags:#x}")
         if n.memory_hash != e.memory_hash:
             parts.append("memory")
+        if self.cases[at].flags & VECTOR:
+            parts.extend(self.explain_vectors(at))
         return "; ".join(parts)
+
+    def explain_vectors(self, at: int) -> Iterator[str]:
+        """How MXCSR and the vector registers differ."""
+        before, native, core = (
+            bytes(self.ffi.buffer(state.xsave))
+            for state in (getattr(self.cases[at], "in"), self.native[at].out, self.emulated[at].out)
+        )
+        if native[24:28] != core[24:28]:
+            words = (f"{int.from_bytes(image[24:28], 'little'):#x}" for image in (native, core, before))
+            yield "mxcsr {}, core {} (before: {})".format(*words)
+        for n in range(16):
+            registers = [image[o + 16 * n : o + 16 * n + 16][::-1].hex() for image in (native, core, before)
+                         for o in (576, 160)]  # fmt: skip
+            if registers[:2] != registers[2:4]:
+                yield "ymm{} {}_{}, core {}_{} (before: {}_{})".format(n, *registers)
 
     def state(self, at: int) -> str:
         """Registers before a case."""

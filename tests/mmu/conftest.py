@@ -20,8 +20,8 @@ def mode(request: pytest.FixtureRequest) -> str:
 def new_guest(mode: str) -> Iterator[NewGuest]:
     guests: list[PagingGuest] = []
 
-    def make(**options: int) -> PagingGuest:
-        guests.append(PagingGuest(tdp=mode == "tdp", **options))
+    def make(*, width: int = 64, log_dirty: bool = False) -> PagingGuest:
+        guests.append(PagingGuest(tdp=mode == "tdp", width=width, log_dirty=log_dirty))
         return guests[-1]
 
     yield make

@@ -188,7 +188,7 @@ def test_a_slot_over_mmio_and_back(new_guest: NewGuest, width: int) -> None:
 @WIDTHS
 @pytest.mark.spec("mmu.dirty_log", "mmu.dirty_no_false")
 def test_dirty_log(new_guest: NewGuest, width: int) -> None:
-    guest = new_guest(width=width, log_dirty=1)
+    guest = new_guest(width=width, log_dirty=True)
     for n in range(4):
         guest.map(n, FRAMES + n * 0x1000)
     guest.vm.dirty_log(0)
