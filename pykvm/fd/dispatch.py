@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from errno import EBADF, EIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pykvm import trace
 from pykvm.abi.errors import KvmError, errno_name
 from pykvm.abi.ioctl import REGISTRY, UNKNOWN_REQUEST, Ioctl
 from pykvm.abi.uaccess import PROCESS, UserMemory
 from pykvm.fd import table
-
-if TYPE_CHECKING:
-    from pykvm.fd.table import File
 
 # Tests set this: a handler that raises an errno its docstring does not list is a bug then.
 strict_errors = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 
 import pytest
 
@@ -123,8 +124,12 @@ def test_registers_are_in_stack_order_at_an_exit(m: Machine) -> None:
 
 @pytest.mark.spec("fpu.x87")
 def test_stack_faults(m: Machine) -> None:
-    start(m, "fstp tbyte ptr [0x20000]; fnstsw ax; fnclex; mov ecx, 9; more: fld1; loop more; fnstsw dx; hlt"
-             .replace("fnstsw dx", "mov edx, eax; fnstsw ax"))
+    start(
+        m,
+        "fstp tbyte ptr [0x20000]; fnstsw ax; fnclex; mov ecx, 9; more: fld1; loop more; fnstsw dx; hlt".replace(
+            "fnstsw dx", "mov edx, eax; fnstsw ax"
+        ),
+    )
     m.run(lib.EXIT_HLT)
     assert m.reg("rdx") & 0xFFFF == 1 << 11 | SF | IE
     assert m.ram[DATA : DATA + 10] == INDEFINITE
@@ -201,8 +206,9 @@ def test_pending_exception_comes_in_from_outside(m: Machine) -> None:
 
 # ---- images
 
+Pointers = Callable[[int, int, int], tuple[int, ...]]  # of FIP, FOP, FDP: the last four fields
 
-IMAGES = {
+IMAGES: dict[tuple[str, int], tuple[str, Pointers]] = {
     # real mode: pointers are linear, FCS and FDS count as zero
     ("real", 2): ("<7H", lambda fip, fop, fdp: (fip & 0xFFFF, (fip >> 16) << 12 | fop, fdp & 0xFFFF, (fdp >> 16) << 12)),
     ("real", 4): ("<7I", lambda fip, fop, fdp: (0xFFFF0000 | fip & 0xFFFF, (fip >> 16) << 12 | fop, 0xFFFF0000 | fdp, 0)),
@@ -261,7 +267,13 @@ def test_missing_page_leaves_everything(m: Machine, source: str, unmasked: bool)
         m.load(DATA, bytes(0x2000))
         m.write(DATA + 0x800, FCW_UNMASKED, 2)
         before = "fldcw [0x20800]; fnop; " if unmasked else ""
-        start(m, f"{before} fldz; fld1; fldpi; nop; {source}; hlt", rbx=NEXT_PAGE - 3, rdi=NEXT_PAGE - 3, rcx=NEXT_PAGE - 0x100)
+        start(
+            m,
+            f"{before} fldz; fld1; fldpi; nop; {source}; hlt",
+            rbx=NEXT_PAGE - 3,
+            rdi=NEXT_PAGE - 3,
+            rcx=NEXT_PAGE - 0x100,
+        )
         if missing:
             m.unmap(NEXT_PAGE)
             m.run(lib.EXIT_EPT_VIOLATION)
@@ -301,7 +313,9 @@ def test_mmio(m: Machine) -> None:
 def test_memory_of_the_client_vanishes(m: Machine, source: str) -> None:
     """The guest's registers were in the host's FPU when the signal came."""
     libc = ctypes.CDLL(None, use_errno=True)
-    start(m, f"fldpi; fld1; mov eax, [rbx]; out 0x80, al; fld1; fld1; fstp st(0); {source}; hlt", rbx=NEXT_PAGE)
+    start(
+        m, f"fldpi; fld1; mov eax, [rbx]; out 0x80, al; fld1; fld1; fstp st(0); {source}; hlt", rbx=NEXT_PAGE
+    )
     m.write(NEXT_PAGE, 0x3F800000, 4)
     m.run(lib.EXIT_IO)
     page = ctypes.c_void_p(m.hva + NEXT_PAGE)

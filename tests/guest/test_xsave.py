@@ -12,7 +12,7 @@ import struct
 import pytest
 
 from pykvm.abi import ffi, lib
-from tests.guest.bare import CODE, Machine
+from tests.guest.bare import CODE, PD, Machine
 
 UD, NM, GP, PF = 6, 7, 13, 14
 EM, TS = 4, 8
@@ -42,7 +42,9 @@ def start(m: Machine, source: str, rfbm: int = X87 | SSE | AVX, mode: str = "lon
     fpu.fcw, fpu.mxcsr = 0x37F, 0x1F80
     cr4 = m.reg("cr4") | lib.X86_CR4_OSXSAVE | lib.X86_CR4_OSFXSR
     cr4 |= lib.X86_CR4_PKE if mode == "long64" else 0
-    m.set(cr4=cr4, xcr0=X87 | SSE | AVX | PKRU, xss=0, pkru=0, rax=rfbm & 0xFFFFFFFF, rdx=rfbm >> 32, rbx=AREA)
+    m.set(
+        cr4=cr4, xcr0=X87 | SSE | AVX | PKRU, xss=0, pkru=0, rax=rfbm & 0xFFFFFFFF, rdx=rfbm >> 32, rbx=AREA
+    )
     m.load(AREA, b"\xa5" * 0x1000)
     m.load(XSTATE_BV, bytes(64))
 
@@ -132,7 +134,12 @@ def test_fxrstor_brings_it_back(m: Machine) -> None:
 @pytest.mark.spec("fpu.fxsave")
 @pytest.mark.parametrize(
     ("source", "offset", "mxcsr"),
-    [("fxsave [rbx]", 8, 0x1F80), ("fxrstor [rbx]", 4, 0x1F80), ("fxrstor [rbx]", 0, 0x10000), ("xrstor [rbx]", 0, 0x10000)],
+    [
+        ("fxsave [rbx]", 8, 0x1F80),
+        ("fxrstor [rbx]", 4, 0x1F80),
+        ("fxrstor [rbx]", 0, 0x10000),
+        ("xrstor [rbx]", 0, 0x10000),
+    ],
 )
 def test_general_protection(m: Machine, source: str, offset: int, mxcsr: int) -> None:
     start(m, f"{source}; hlt")
@@ -165,7 +172,16 @@ def test_loaded_mxcsr_counts_at_once(m: Machine) -> None:
 @pytest.mark.parametrize("source", INSTRUCTIONS)
 @pytest.mark.parametrize(
     ("change", "vector"),
-    [("none", -1), ("osxsave", UD), ("ts", NM), ("em", -1), ("lock", UD), ("66", UD), ("align", GP), ("cpl3", -1)],
+    [
+        ("none", -1),
+        ("osxsave", UD),
+        ("ts", NM),
+        ("em", -1),
+        ("lock", UD),
+        ("66", UD),
+        ("align", GP),
+        ("cpl3", -1),
+    ],
 )
 def test_usable(m: Machine, source: str, change: str, vector: int) -> None:
     prefix = {"lock": ".byte 0xf0; ", "66": ".byte 0x66; "}.get(change, "")
@@ -274,7 +290,9 @@ def test_xgetbv_1(m: Machine) -> None:
 
 
 @pytest.mark.spec("fpu.xsave")
-@pytest.mark.parametrize(("save", "restore"), [("xsave64", "xrstor64"), ("xsavec64", "xrstor64"), ("xsaves64", "xrstors64")])
+@pytest.mark.parametrize(
+    ("save", "restore"), [("xsave64", "xrstor64"), ("xsavec64", "xrstor64"), ("xsaves64", "xrstors64")]
+)
 def test_restored(m: Machine, save: str, restore: str) -> None:
     start(m, f"{save} [rbx]; hlt; {restore} [rbx]; hlt", X87 | SSE | AVX | PKRU)
     fill(m)
@@ -348,13 +366,16 @@ def test_compacted_format_needs_xsavec(m: Machine) -> None:
 
 @pytest.mark.spec("fpu.xsave", "cpu.pku_pks")
 def test_restored_pkru_counts_at_once(m: Machine) -> None:
-    """Key 0 becomes inaccessible to data of user pages, and the translation was in the TLB."""
-    start(m, "mov ecx, [rbx]; xrstor [rbx]; mov ecx, [rbx]; hlt", PKRU)
+    """Key 1 becomes inaccessible, while its translation is in the TLB."""
+    start(m, "mov ecx, [rsi]; xrstor [rbx]; mov ecx, [rsi]; hlt", PKRU)
+    m.write(PD + 8, 1 << 59 | 0x200000 | 0xE7)
     m.write(XSTATE_BV, PKRU)
-    m.write(AREA + PKRU_STANDARD, 1)
+    m.write(AREA + PKRU_STANDARD, 1 << 2)
+    m.set(rsi=0x200000)
     m.run(lib.EXIT_HLT)
     assert m.vector() == PF
-    assert m.guest.cr2 == AREA
+    assert m.guest.cr2 == 0x200000
+    assert m.frame(1)[0] & 0x20  # PFERR_PK
 
 
 # ---- memory that is not there
@@ -392,13 +413,13 @@ def test_missing_page_leaves_everything(m: Machine, source: str) -> None:
 
 @pytest.mark.spec("fpu.xsave")
 @pytest.mark.parametrize("source", ["xsave", "xrstor"])
-def test_mmio_cannot_be_emulated(m: Machine, source: str) -> None:
-    """As under KVM, whose emulator does not know these."""
+def test_mmio_is_not_emulated(m: Machine, source: str) -> None:
+    """As under KVM, whose emulator does not know these: more pieces than an exit has."""
     start(m, f"{source} [rbx]; hlt")
     m.map_mmio(AREA)
     while m.run() == lib.EXIT_MMIO_READ:
         n = m.ctl.mmio_count
         m.ctl.mmio[n] = m.exit.mmio[0]
-        m.ctl.mmio[n].data = bytes(64)
+        m.ctl.mmio[n].data = bytes([7 if m.exit.gpa == XSTATE_BV else 0]) + bytes(63)
         m.ctl.mmio_count = n + 1
     assert m.exit.reason == lib.EXIT_EMULATION
