@@ -78,12 +78,13 @@ def _write_console(text: str) -> None:
 def _print_result(result: Result) -> None:
     if result.console and not result.console.endswith("\n"):
         click.echo()
-    table = Table(title=f"{result.end} after {result.seconds:.3f} s")
+    console = Console()
+    console.print(f"{result.end} after {result.seconds:.3f} s")
+    table = Table()
     table.add_column("exit")
     table.add_column("count", justify="right")
     for name, count in sorted(result.exits.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{count:,}")
-    console = Console()
     console.print(table)
     if result.instructions is not None and result.mips is not None:
         console.print(f"{result.instructions:,} instructions, {result.mips:.1f} MIPS")

@@ -9,6 +9,7 @@ one memory-mapped register and a port that asks for an interrupt; see pykvm/gues
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from pykvm.client import (
+    Exit,
     FailEntry,
     Hlt,
     InternalError,
@@ -198,7 +200,7 @@ class Machine:
     def _step(self) -> str:
         """Run to the next exit and serve it; return what ended the run, or ""."""
         exit_ = self.vcpu.run()
-        self._exits[type(exit_).__name__.upper()] += 1
+        self._exits[_exit_name(exit_)] += 1
         match exit_:
             case Io():
                 return self._io(exit_)
@@ -261,6 +263,11 @@ class Machine:
         self._vector = None
         self.vcpu.kvm_run.request_interrupt_window = 0
         return True
+
+
+def _exit_name(exit_: Exit) -> str:
+    """Return KVM's name of an exit: IRQ_WINDOW_OPEN for IrqWindowOpen."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(exit_).__name__).upper()
 
 
 # ---- how a vCPU starts ------------------------------------------------------------------------------

@@ -272,6 +272,8 @@ static const struct op *find_op(struct decoder *d, u32 *flags, unsigned *form)
         if (d->error)
             return NULL;
     }
+    if (d->error) /* the row was chosen by a byte that is not there */
+        return NULL;
     if ((op->flags & O_ELSE0) && !has_row_feature(d, op))
         op = zero;
     *flags |= op->flags;

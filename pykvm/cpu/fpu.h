@@ -10,10 +10,10 @@
  * only where it says memory.
  */
 enum fpu_where {
-    FPU_MEMORY, /* in guest.fpu, in a form that a host FPU may not have left behind */
-    FPU_MMX,    /* in guest.fpu; TOP is 0, all tags are valid, no exception is pending */
+    FPU_MEMORY,        /* in guest.fpu, in a form that a host FPU may not have left behind */
+    FPU_MMX,           /* in guest.fpu; TOP is 0, all tags are valid, no exception is pending */
     FPU_HOST_UNMASKED, /* in the host's FPU; FCW leaves an exception unmasked: one may be pending */
-    FPU_HOST,   /* in the host's FPU, all exceptions masked: none is pending */
+    FPU_HOST,          /* in the host's FPU, all exceptions masked: none is pending */
 };
 
 #define FCW_MASKS 0x003f
@@ -30,10 +30,7 @@ enum fpu_where {
 static inline unsigned fpu_top(const struct cpu_fpu *f) { return f->fsw >> FSW_TOP_SHIFT & 7; }
 
 /* Unmasked exception flags in FSW: what ES and B summarise. */
-static inline bool fpu_is_pending(const struct cpu_fpu *f)
-{
-    return f->fsw & ~f->fcw & FSW_FLAGS;
-}
+static inline bool fpu_is_pending(const struct cpu_fpu *f) { return f->fsw & ~f->fcw & FSW_FLAGS; }
 
 /* Gives FCW and FSW the form a processor holds them in, whatever was loaded. */
 void fpu_normalize(struct cpu_fpu *f);

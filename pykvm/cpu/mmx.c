@@ -446,7 +446,8 @@ static SLOW bool convert_checked(struct cpu *cpu, convert_fn convert, __m128i sr
     __builtin_ia32_ldmxcsr(host | (f->mxcsr & MXCSR_FLAGS));
     if (!(flags & ~(f->mxcsr >> MXCSR_MASKS_SHIFT)))
         return true;
-    return raise_exception(cpu, GUEST(cpu).cr4 & X86_CR4_OSXMMEXCPT ? XM_VECTOR : UD_VECTOR, false, 0);
+    return raise_exception(cpu, GUEST(cpu).cr4 & X86_CR4_OSXMMEXCPT ? XM_VECTOR : UD_VECTOR, false,
+                           0);
 }
 
 static bool do_convert(struct cpu *cpu, convert_fn convert, __m128i src, __m128i *result)

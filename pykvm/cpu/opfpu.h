@@ -5,11 +5,11 @@
 
 #include "insns.h"
 
+/* clang-format off */
 /* D8 to DF, each by O_MOD3. */
 extern const struct op x87_map[8][2];
 #define X87_ROW(n) { NULL, NULL, NULL, x87_map[n], O_MOD3, F_NONE, 0 }
 
-/* clang-format off */
 /* MMX: MMX(id) is the row of an opcode without the prefixes of its XMM forms. */
 #define MMX_BINARY_ROWS(X) /* mm = mm op mm/m64 */                                                 \
     X(packsswb) X(packssdw) X(packuswb)                                                            \

@@ -403,7 +403,8 @@ static bool is_header_valid(const struct cpu *cpu, const struct header *h, bool 
     if (!supervisor && !has_compacted)
         return false;
     return !(h->xcomp_bv & ~enabled & ~COMPACTED) &&
-           !(h->xstate_bv & ~(h->xcomp_bv & ~COMPACTED)) && is_zero(h->reserved, sizeof(h->reserved));
+           !(h->xstate_bv & ~(h->xcomp_bv & ~COMPACTED)) &&
+           is_zero(h->reserved, sizeof(h->reserved));
 }
 
 /* Components of rfbm that are not in the area get their initial configuration: zeros, but for FCW. */

@@ -39,13 +39,14 @@ class File:
     `mm`: `current_mm()` of the process that made it; another value means that a fork lies between.
     """
 
-    __slots__ = ("inflight", "inode", "kind", "memory", "mm", "obj", "released")
+    __slots__ = ("inflight", "inode", "kind", "memory", "mm", "obj", "released", "watch")
 
-    def __init__(self, kind: str, obj: Releasable, inode: int, memory: CData | None, mm: int) -> None:
-        """Describe a file; `anon_inode_getfd` makes them."""
+    def __init__(self, kind: str, obj: Releasable, made: CData, memory: CData | None, mm: int) -> None:
+        """Describe a file; `anon_inode_getfd` makes them, from a struct memory_file."""
         self.kind = kind
         self.obj = obj
-        self.inode = inode
+        self.inode: int = made.inode
+        self.watch: int = made.watch
         self.memory = memory
         self.mm = mm
         # One element per ioctl under way: append and pop are atomic, a counter would need a lock.
@@ -133,10 +134,10 @@ def anon_inode_getfd(
         if _table.queue < 0 or lib.file_create(made, name.encode(), size, cloexec, _table.queue):
             raise KvmError(ffi.errno, f"no file for {name}: {os.strerror(ffi.errno)}")
         memory = ffi.gc(made.memory, lambda address: lib.file_unmap(address, size)) if size else None
-        file = File(kind, obj, made.inode, memory, _table.mm)
+        file = File(kind, obj, made, memory, _table.mm)
         if install is not None:
             install(file)
-        _table.watched[made.watch] = file
+        _table.watched[file.watch] = file
         _table.files[file.inode] = file
     return int(made.fd)
 
@@ -147,7 +148,12 @@ def reap() -> int:
         candidates = _table.closing + _closed()
         _table.closing = []
         gone = []
+        still_open = _open_inodes() if candidates else frozenset()
         for file in candidates:
+            # Opened again through /proc/self/fd: that was the end of one open file of several.
+            if file.inode in still_open:
+                _table.watched[file.watch] = file
+                continue
             file.released = True
             # Closed by one thread in the middle of another's ioctl: the kernel's fget() keeps it.
             if file.inflight:
@@ -159,6 +165,14 @@ def reap() -> int:
     for file in gone:
         file.obj.release()
     return len(gone)
+
+
+def _open_inodes() -> frozenset[int]:
+    """Return the inodes of all descriptors of this process."""
+    try:
+        return frozenset(_file_inode(int(name)) for name in os.listdir("/proc/self/fd"))
+    except OSError:
+        return frozenset()
 
 
 def _closed() -> list[File]:

@@ -161,6 +161,21 @@ def test_a_descriptor_in_a_message_is_still_the_vm(kvm: int) -> None:
     os.close(fds[0])
 
 
+@pytest.mark.spec("fd.lifetime")
+def test_opening_it_again_by_its_name_in_proc(kvm: int, vm: int) -> None:
+    for fd in (kvm, vm):
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        os.close(again)
+        table.reap()
+    os.close(call(vm, uapi.KVM_CREATE_VCPU, 0))
+    other = os.open(f"/proc/self/fd/{kvm}", os.O_RDWR)
+    os.close(kvm)
+    table.reap()
+    os.close(call(other, uapi.KVM_CREATE_VM))
+    os.close(other)
+    assert errno_of(call, other, uapi.KVM_GET_API_VERSION) == EBADF
+
+
 def test_another_thread_may_use_and_close_it(kvm: int) -> None:
     vm = call(kvm, uapi.KVM_CREATE_VM)
     seen: list[int] = []

@@ -126,9 +126,8 @@ def test_registers_are_in_stack_order_at_an_exit(m: Machine) -> None:
 def test_stack_faults(m: Machine) -> None:
     start(
         m,
-        "fstp tbyte ptr [0x20000]; fnstsw ax; fnclex; mov ecx, 9; more: fld1; loop more; fnstsw dx; hlt".replace(
-            "fnstsw dx", "mov edx, eax; fnstsw ax"
-        ),
+        "fstp tbyte ptr [0x20000]; fnstsw ax; mov edx, eax; fnclex; mov ecx, 9; more: fld1; loop more;"
+        "fnstsw ax; hlt",
     )
     m.run(lib.EXIT_HLT)
     assert m.reg("rdx") & 0xFFFF == 1 << 11 | SF | IE
@@ -157,9 +156,21 @@ def test_rounding_and_precision(m: Machine, control: int, low: int) -> None:
 @pytest.mark.spec("fpu.x87")
 @pytest.mark.parametrize("ne", [NE, 0])
 @pytest.mark.parametrize(
-    "waiting", ["fwait", "fld1", "fadd dword ptr [rbx]", "fstp qword ptr [rbx]", "fldcw [rbx]", "frstor [rbx]", "emms",
-                "paddb mm0, mm1", "movq [rbx], mm0", "fincstp", "movq2dq xmm0, mm0"]
-)  # fmt: skip
+    "waiting",
+    [
+        "fwait",
+        "fld1",
+        "fadd dword ptr [rbx]",
+        "fstp qword ptr [rbx]",
+        "fldcw [rbx]",
+        "frstor [rbx]",
+        "emms",
+        "paddb mm0, mm1",
+        "movq [rbx], mm0",
+        "fincstp",
+        "movq2dq xmm0, mm0",
+    ],
+)
 def test_mf_comes_at_the_next_waiting_instruction(m: Machine, waiting: str, ne: int) -> None:
     """Before its memory operand is looked at, which would be #PF.
 
@@ -178,9 +189,17 @@ def test_mf_comes_at_the_next_waiting_instruction(m: Machine, waiting: str, ne: 
 
 @pytest.mark.spec("fpu.x87")
 @pytest.mark.parametrize(
-    "silent", ["fnclex", "fninit", "fnsave [0x20100]", "fnstenv [0x20100]; fwait", "fnstcw [0x20100]; fnclex",
-               "fneni; fndisi; fnsetpm; fnclex", "fxsave [0x20100]; fnclex"]
-)  # fmt: skip
+    "silent",
+    [
+        "fnclex",
+        "fninit",
+        "fnsave [0x20100]",
+        "fnstenv [0x20100]; fwait",
+        "fnstcw [0x20100]; fnclex",
+        "fneni; fndisi; fnsetpm; fnclex",
+        "fxsave [0x20100]; fnclex",
+    ],
+)
 def test_instructions_that_do_not_wait(m: Machine, silent: str) -> None:
     start(m, f"{DIVIDE_BY_ZERO} {silent}; fld1; hlt")
     m.run(lib.EXIT_HLT)
@@ -210,12 +229,12 @@ Pointers = Callable[[int, int, int], tuple[int, ...]]  # of FIP, FOP, FDP: the l
 
 IMAGES: dict[tuple[str, int], tuple[str, Pointers]] = {
     # real mode: pointers are linear, FCS and FDS count as zero
-    ("real", 2): ("<7H", lambda fip, fop, fdp: (fip & 0xFFFF, (fip >> 16) << 12 | fop, fdp & 0xFFFF, (fdp >> 16) << 12)),
-    ("real", 4): ("<7I", lambda fip, fop, fdp: (0xFFFF0000 | fip & 0xFFFF, (fip >> 16) << 12 | fop, 0xFFFF0000 | fdp, 0)),
+    ("real", 2): ("<7H", lambda fip, fop, fdp: (fip, fop, fdp, 0)),
+    ("real", 4): ("<7I", lambda fip, fop, fdp: (0xFFFF0000 | fip, fop, 0xFFFF0000 | fdp, 0)),
     ("prot32", 2): ("<7H", lambda fip, _, fdp: (fip & 0xFFFF, 0, fdp & 0xFFFF, 0)),
     ("prot32", 4): ("<7I", lambda fip, fop, fdp: (fip, fop << 16, fdp, 0xFFFF0000)),
     ("long64", 4): ("<7I", lambda fip, fop, fdp: (fip, fop << 16, fdp, 0xFFFF0000)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.spec("fpu.x87")
@@ -224,8 +243,13 @@ def test_formats_of_the_environment(m: Machine, mode: str, size: int) -> None:
     form, pointers = IMAGES[mode, size]
     native = 2 if mode == "real" else 4
     prefix = "" if size == native else ".byte 0x66; "
-    start(m, f"fldz; fld1; fld tbyte ptr [0x8010]; here: fld dword ptr [0x8000]; {prefix}fnstenv [0x8100]; {prefix}fnsave [0x8200];"
-             f"fld1; {prefix}frstor [0x8200]; hlt", mode)  # fmt: skip
+    start(
+        m,
+        "fldz; fld1; fld tbyte ptr [0x8010]; here: fld dword ptr [0x8000];"
+        f"{prefix}fnstenv [0x8100]; {prefix}fnsave [0x8200];"
+        f"fld1; {prefix}frstor [0x8200]; hlt",
+        mode,
+    )
     m.write(0x8000, 0x40490FDB, 4)
     m.load(0x8010, bytes(4) + b"\1" + bytes(5))  # denormal
     m.run(lib.EXIT_HLT)
@@ -259,9 +283,21 @@ def test_fnstenv_masks_everything(m: Machine) -> None:
 
 @pytest.mark.spec("fpu.x87")
 @pytest.mark.parametrize("unmasked", [False, True])
-@pytest.mark.parametrize("source", ["fstp tbyte ptr [rbx]", "fistp qword ptr [rbx]", "fnsave [rbx]", "fnstenv [rbx]",
-                                    "fld tbyte ptr [rbx]", "frstor [rbx]", "fxsave [rcx]", "movq [rbx], mm1",
-                                    "paddb mm1, [rbx]", "maskmovq mm0, mm0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "fstp tbyte ptr [rbx]",
+        "fistp qword ptr [rbx]",
+        "fnsave [rbx]",
+        "fnstenv [rbx]",
+        "fld tbyte ptr [rbx]",
+        "frstor [rbx]",
+        "fxsave [rcx]",
+        "movq [rbx], mm1",
+        "paddb mm1, [rbx]",
+        "maskmovq mm0, mm0",
+    ],
+)
 def test_missing_page_leaves_everything(m: Machine, source: str, unmasked: bool) -> None:
     def run(*, missing: bool) -> tuple[bytes, bytes]:
         m.load(DATA, bytes(0x2000))
@@ -346,9 +382,14 @@ def test_mmx_registers_are_the_significands(m: Machine) -> None:
 
 
 @pytest.mark.spec("fpu.sse")
-@pytest.mark.parametrize(("source", "cr4", "vector"), [
-    ("pshufw mm0, mm1, 3", 0, -1), ("movq2dq xmm0, mm1", 0, UD), ("cvtpi2ps xmm0, mm1", 0, UD),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "cr4", "vector"),
+    [
+        ("pshufw mm0, mm1, 3", 0, -1),
+        ("movq2dq xmm0, mm1", 0, UD),
+        ("cvtpi2ps xmm0, mm1", 0, UD),
+    ],
+)
 def test_osfxsr(m: Machine, source: str, cr4: int, vector: int) -> None:
     start(m, f"{source}; hlt")
     m.set(cr4=m.reg("cr4") & ~lib.X86_CR4_OSFXSR | cr4)
@@ -357,11 +398,20 @@ def test_osfxsr(m: Machine, source: str, cr4: int, vector: int) -> None:
 
 
 @pytest.mark.spec("fpu.x87", "fpu.sse")
-@pytest.mark.parametrize(("word", "bit", "source"), [
-    ("1_EDX", "CMOV", "fcmovb st, st(1)"), ("1_EDX", "CMOV", "fcomip st, st(1)"), ("1_ECX", "SSE3", "fisttp word ptr [rbx]"),
-    ("1_EDX", "MMX", "paddb mm0, mm1"), ("1_EDX", "MMX", "emms"), ("1_EDX", "SSE", "pavgb mm0, mm1"),
-    ("1_EDX", "SSE2", "paddq mm0, mm1"), ("1_ECX", "SSSE3", "pabsb mm0, mm1"), ("1_EDX", "FXSR", "fxsave [rbx]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "bit", "source"),
+    [
+        ("1_EDX", "CMOV", "fcmovb st, st(1)"),
+        ("1_EDX", "CMOV", "fcomip st, st(1)"),
+        ("1_ECX", "SSE3", "fisttp word ptr [rbx]"),
+        ("1_EDX", "MMX", "paddb mm0, mm1"),
+        ("1_EDX", "MMX", "emms"),
+        ("1_EDX", "SSE", "pavgb mm0, mm1"),
+        ("1_EDX", "SSE2", "paddq mm0, mm1"),
+        ("1_ECX", "SSSE3", "pabsb mm0, mm1"),
+        ("1_EDX", "FXSR", "fxsave [rbx]"),
+    ],
+)
 def test_cpuid_bits(m: Machine, word: str, bit: str, source: str) -> None:
     start(m, f"{source}; hlt", rbx=DATA)
     m.run(lib.EXIT_HLT)
