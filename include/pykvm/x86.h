@@ -526,6 +526,9 @@
 #define CPUID_7_ECX_PKU                 3
 #define CPUID_7_ECX_OSPKE               4
 #define CPUID_7_ECX_SHSTK               7
+#define CPUID_7_ECX_GFNI                8
+#define CPUID_7_ECX_VAES                9
+#define CPUID_7_ECX_VPCLMULQDQ          10
 #define CPUID_7_ECX_LA57                16
 #define CPUID_7_ECX_RDPID               22
 #define CPUID_7_ECX_BUS_LOCK_DETECT     24

@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Vector instructions for cryptography: AES, PCLMULQDQ, SHA.
+ * Vector instructions for cryptography: AES, PCLMULQDQ, GFNI, SHA.
  */
 #include "vector.h"
 
 /* clang-format off */
 
-V_BINARY_128(aesenc) V_BINARY_128(aesenclast) V_BINARY_128(aesdec) V_BINARY_128(aesdeclast)
+V_BINARY(aesenc) V_BINARY(aesenclast) V_BINARY(aesdec) V_BINARY(aesdeclast)
 V_UNARY_128(aesimc)
 V_UNARY_IMM_STUBS(aeskeygenassist)
 V_LEGACY_UNARY_IMM(aeskeygenassist, "movups", 16, 16)
 V_VEX128_UNARY_IMM(aeskeygenassist, "movups", 16)
 V_128(aeskeygenassist)
-V_BINARY_IMM_128(pclmulqdq)
+V_BINARY_IMM(pclmulqdq)
+V_BINARY(gf2p8mulb) V_BINARY_IMM(gf2p8affineqb) V_BINARY_IMM(gf2p8affineinvqb)
 
 /*
  * The memory operand need not be aligned: Zen 5 does not ask for it either, though the SDM says

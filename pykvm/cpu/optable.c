@@ -384,7 +384,7 @@ static const char *const form_text[F_MAX] = {
     [F_O_A] = "O,A", [F_A_I8PORT] = "Ib", [F_A_DX] = "DX", [F_FAR] = "far", [F_E_S] = "E,S",
     [F_S_E] = "S,E", [F_C] = "control", [F_STR] = "string", [F_XLAT] = "", [F_MODRM] = "ModRM",
     [F_MODRM_I8] = "ModRM,Ib", [F_S] = "S", [F_G_V_E] = "G,V,E", [F_G_E_V] = "G,E,V",
-    [F_V_E] = "V,E", [F_X87] = "ModRM", [F_MMX] = "ModRM", [F_MMX_I8] = "ModRM,Ib", [F_MMX_DI] = "ModRM",
+    [F_V_E] = "V,E", [F_X87] = "x87", [F_MMX] = "mmx", [F_MMX_I8] = "mmx,Ib", [F_MMX_DI] = "mmx,DI",
     [F_V_W] = "V,W", [F_V_W_I8] = "V,W,Ib", [F_V_H_W] = "V,H,W", [F_V_H_W_I8] = "V,H,W,Ib",
     [F_W_V] = "W,V", [F_W_H_V] = "W,H,V", [F_W_V_I8] = "W,V,Ib", [F_H_W_I8] = "H,W,Ib",
     [F_V_X] = "V,X", [F_V_H_X] = "V,H,X", [F_V_H_X_I8] = "V,H,X,Ib", [F_X_V] = "X,V",

@@ -4,8 +4,8 @@
  * OPVEC_MAP saying which.  The columns of P4() are the mandatory prefixes: none, 66, F3, F2.
  *
  * Encodings (legacy, VEX.128, VEX.256) are those the handlers exist for.  The feature is that of
- * the legacy encoding; VEX also needs AVX, and AVX2 for 256 bits of integers (I rows).  Names
- * are those of the legacy encoding, VEX ones have a v before them.
+ * the legacy encoding; VEX also needs AVX, and AVX2 for 256 bits of integers (I rows), or what
+ * vector_handler() says.  Names are those of the legacy encoding, VEX ones have a v before them.
  */
 #ifndef OPVEC_MAP
 
@@ -34,6 +34,7 @@
 #define AVX2 F7B(AVX2)
 #define FMA F1C(FMA)
 #define F16C F1C(F16C)
+#define GFNI F7C(GFNI)
 
 /* packed single, packed double, scalar single, scalar double */
 #define FLOAT4(op, f)                                                                              \
@@ -194,6 +195,7 @@ static const struct op group14[8] = {
     [0xc8] = P4(V(sha1nexte, V_W, SHA), UD, UD, UD), [0xc9] = P4(V(sha1msg1, V_W, SHA), UD, UD, UD),
     [0xca] = P4(V(sha1msg2, V_W, SHA), UD, UD, UD), [0xcb] = P4(V(sha256rnds2, V_W, SHA), UD, UD, UD),
     [0xcc] = P4(V(sha256msg1, V_W, SHA), UD, UD, UD), [0xcd] = P4(V(sha256msg2, V_W, SHA), UD, UD, UD),
+    [0xcf] = P66(BY(O_ENC, ROWS(V(gf2p8mulb, V_H_W, GFNI), W01(V(gf2p8mulb, V_H_W, GFNI), UD)))),
     [0xdb] = P66(V(aesimc, V_W, AES)), [0xdc] = P66(V(aesenc, V_H_W, AES)), [0xdd] = P66(V(aesenclast, V_H_W, AES)),
     [0xde] = P66(V(aesdec, V_H_W, AES)), [0xdf] = P66(V(aesdeclast, V_H_W, AES)),
 
@@ -224,6 +226,8 @@ static const struct op group14[8] = {
     [0x60] = P66(V(pcmpestrm, V_W_I8, SSE42)), [0x61] = P66(V(pcmpestri, V_W_I8, SSE42)),
     [0x62] = P66(V(pcmpistrm, V_W_I8, SSE42)), [0x63] = P66(V(pcmpistri, V_W_I8, SSE42)),
     [0xcc] = P4(V(sha1rnds4, V_W_I8, SHA), UD, UD, UD),
+#define GFNI_AFFINE(id) P66(BY(O_ENC, ROWS(V(id, V_H_W_I8, GFNI), W01(UD, V(id, V_H_W_I8, GFNI)))))
+    [0xce] = GFNI_AFFINE(gf2p8affineqb), [0xcf] = GFNI_AFFINE(gf2p8affineinvqb),
     [0xdf] = P66(V(aeskeygenassist, V_W_I8, AES)),
 
 #endif

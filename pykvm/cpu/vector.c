@@ -15,9 +15,10 @@
 static bool v_linear(struct cpu *cpu, const struct insn *i, unsigned size, unsigned align,
                      unsigned access, u64 *la)
 {
-    if (!ea_linear(cpu, i, size, access, la))
-        return false;
-    return !(*la & (align - 1)) || raise_gp(cpu, 0);
+    /* Before what the segment says, as Zen 5 does: of an operand behind SS it is #GP, not #SS. */
+    if ((ea_offset(cpu, i) + cpu->seg_base[i->seg]) & (align - 1))
+        return raise_gp(cpu, 0);
+    return ea_linear(cpu, i, size, access, la);
 }
 
 bool v_read(struct cpu *cpu, const struct insn *i, void *p, unsigned size, unsigned align)
@@ -267,6 +268,20 @@ static bool is_offered(const struct cpu *cpu, u16 feature)
     return !feature || !cpu || (has_feature(cpu, word, bit) && cpu_host_features((int)word) >> bit & 1);
 }
 
+/* What 256 bits need besides AVX. */
+static u16 wide_feature(const struct op *op, u32 flags)
+{
+    if (flags & O_AVX2)
+        return FEAT(CPU_CPUID_7_EBX, CPUID_7_EBX_AVX2);
+    switch (op->feature) {
+    case FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_AES):
+        return FEAT(CPU_CPUID_7_ECX, CPUID_7_ECX_VAES);
+    case FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_PCLMULQDQ):
+        return FEAT(CPU_CPUID_7_ECX, CPUID_7_ECX_VPCLMULQDQ);
+    default: return 0;
+    }
+}
+
 insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct insn *i, u32 flags,
                        unsigned kind, u32 mode)
 {
@@ -277,8 +292,7 @@ insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct 
         return NULL;
     if (enc != ENC_LEGACY && !is_offered(cpu, FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_AVX)))
         return NULL;
-    if (enc == ENC_VEX256 && flags & O_AVX2 &&
-        !is_offered(cpu, FEAT(CPU_CPUID_7_EBX, CPUID_7_EBX_AVX2)))
+    if (enc == ENC_VEX256 && !is_offered(cpu, wide_feature(op, flags)))
         return NULL;
     if (!(mode & (enc == ENC_LEGACY ? MODE_SSE : MODE_AVX)))
         return x_vector_unusable;
@@ -294,6 +308,8 @@ insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct 
      BIT(CPUID_1_ECX_SSE4_1) | BIT(CPUID_1_ECX_SSE4_2) | BIT(CPUID_1_ECX_AES))
 #define AVX_7_EBX BIT(CPUID_7_EBX_AVX2)
 #define SSE_7_EBX BIT(CPUID_7_EBX_SHA_NI)
+#define AVX_7_ECX (BIT(CPUID_7_ECX_VAES) | BIT(CPUID_7_ECX_VPCLMULQDQ))
+#define SSE_7_ECX BIT(CPUID_7_ECX_GFNI)
 
 static bool host_has_ymm(u32 ecx1)
 {
@@ -315,11 +331,13 @@ static u32 host_word(int word)
     ymm = host_has_ymm(ecx1);
     if (word == CPU_CPUID_1_ECX)
         return (ymm ? ecx1 : ecx1 & ~AVX_1_ECX) | ~(AVX_1_ECX | SSE_1_ECX);
-    if (word != CPU_CPUID_7_EBX)
-        return ~0u;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
-        ebx = 0;
-    return (ymm ? ebx : ebx & ~AVX_7_EBX) | ~(AVX_7_EBX | SSE_7_EBX);
+        ebx = ecx = 0;
+    if (word == CPU_CPUID_7_EBX)
+        return (ymm ? ebx : ebx & ~AVX_7_EBX) | ~(AVX_7_EBX | SSE_7_EBX);
+    if (word == CPU_CPUID_7_ECX)
+        return (ymm ? ecx : ecx & ~AVX_7_ECX) | ~(AVX_7_ECX | SSE_7_ECX);
+    return ~0u;
 }
 
 uint32_t cpu_host_features(int word)

@@ -339,15 +339,16 @@ bool mxcsr_load(struct cpu *cpu);
 #define SSE_STRINGS(X)                                                                             \
     X(pcmpestri) X(pcmpestrm) X(pcmpistri) X(pcmpistrm)
 #define AES_SHA(X)                                                                                 \
-    X(aesdec) X(aesdeclast) X(aesenc) X(aesenclast) X(aesimc) X(aeskeygenassist) X(pclmulqdq)      \
-    X(sha1msg1) X(sha1msg2) X(sha1nexte) X(sha1rnds4) X(sha256msg1) X(sha256msg2) X(sha256rnds2)
+    X(aesdec) X(aesdeclast) X(aesenc) X(aesenclast) X(aesimc) X(aeskeygenassist)                   \
+    X(gf2p8affineinvqb) X(gf2p8affineqb) X(gf2p8mulb) X(pclmulqdq) X(sha1msg1) X(sha1msg2)         \
+    X(sha1nexte) X(sha1rnds4) X(sha256msg1) X(sha256msg2) X(sha256rnds2)
 #define AVX_ONLY(X)                                                                                \
     X(vbroadcastf128) X(vbroadcastsd) X(vbroadcastss) X(vextractf128) X(vinsertf128)               \
     X(vmaskmovpd) X(vmaskmovps) X(vpblendd) X(vpbroadcastb) X(vpbroadcastd) X(vpbroadcastq)        \
     X(vpbroadcastw) X(vperm2f128) X(vperm2i128) X(vpermd) X(vpermilpd) X(vpermilpd_imm)            \
     X(vpermilps) X(vpermilps_imm) X(vpermpd) X(vpermps) X(vpermq) X(vpgatherdd) X(vpgatherdq)      \
     X(vpgatherqd) X(vpgatherqq) X(vpsllvd) X(vpsllvq) X(vpsravd) X(vpsrlvd) X(vpsrlvq)             \
-    X(vzeroall) X(vzeroupper)
+    X(vzeroupper)
 /* clang-format on */
 #define DECLARE_VECTOR(name) extern const struct body b_##name;
 SSE_MOVES(DECLARE_VECTOR)

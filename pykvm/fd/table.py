@@ -170,7 +170,8 @@ def reap() -> int:
 def _open_inodes() -> frozenset[int]:
     """Return the inodes of all descriptors of this process."""
     try:
-        return frozenset(_file_inode(int(name)) for name in os.listdir("/proc/self/fd"))
+        with os.scandir("/proc/self/fd") as entries:
+            return frozenset(_file_inode(int(entry.name)) for entry in entries)
     except OSError:
         return frozenset()
 

@@ -130,6 +130,9 @@ FEATURES = (
     Feature("CLWB", "7_EBX", ("clwb",)),
     Feature("SHA_NI", "7_EBX", ("sha1rnds4", "sha256rnds2", "sha256msg1")),
     Feature("UMIP", "7_ECX"),
+    Feature("GFNI", "7_ECX", ("gf2p8mulb", "gf2p8affineqb", "gf2p8affineinvqb")),
+    Feature("VAES", "7_ECX", ("aesenc", "aesdeclast")),
+    Feature("VPCLMULQDQ", "7_ECX", ("pclmulqdq",)),
     Feature("RDPID", "7_ECX", ("rdpid",), gated=True),
     Feature("FSRM", "7_EDX"),
     Feature("SERIALIZE", "7_EDX", ("serialize",)),
@@ -159,8 +162,22 @@ def _host(word: Word) -> int:
 
 SUPPORTED = {name: _bits(name) & _host(word) for name, word in WORDS.items()}
 _GATED = {word: _bits(word, gated=True) for word in WORDS}
-# State components of XSAVE, should it be offered; x87 is always there.
-SUPPORTED_XCR0 = uapi.XFEATURE_MASK_FP
+# State components of XSAVE by the feature that has them; x87 is always there.
+_XCR0_FEATURES = {
+    uapi.XFEATURE_MASK_SSE: "SSE",
+    uapi.XFEATURE_MASK_YMM: "AVX",
+    uapi.XFEATURE_MASK_PKRU: "PKU",
+}
+
+
+def _is_supported(name: str) -> bool:
+    feature = _BY_NAME.get(name)
+    return feature is not None and bool(SUPPORTED[feature.word] >> feature.bit & 1)
+
+
+SUPPORTED_XCR0 = uapi.XFEATURE_MASK_FP | sum(
+    bit for bit, name in _XCR0_FEATURES.items() if _is_supported("XSAVE") and _is_supported(name)
+)
 
 _CR0_VALID = (
     uapi.X86_CR0_PE | uapi.X86_CR0_MP | uapi.X86_CR0_EM | uapi.X86_CR0_TS | uapi.X86_CR0_ET | uapi.X86_CR0_NE
@@ -251,12 +268,39 @@ _LEAVES: dict[int, Registers] = {
     0x8000_0007: _features(0x8000_0007),
     0x8000_0008: (PHYS_BITS | VIRT_BITS << 8 | PHYS_BITS << 16, 0, 0, 0),
 }
-# Leaves with subleaves; the flag says so to the guest's CPUID.
-_SUBLEAVES: dict[int, tuple[Registers, ...]] = {
-    4: _CACHES,
-    7: (_features(7),),
-    0xB: (_NONE,),
-    0xD: (_NONE,),
+# Offset and size of the components in the standard format of XSAVE.
+XSTATE_COMPONENTS = {2: (576, 256), 9: (2688, 8)}
+_XSAVE_HEADER_END = 576
+
+
+def xstate_required_size(xstate_bv: int, *, compacted: bool) -> int:
+    """Return the bytes of an XSAVE area with these components."""
+    size = _XSAVE_HEADER_END
+    for component, (offset, length) in XSTATE_COMPONENTS.items():
+        if xstate_bv >> component & 1:
+            size = size + length if compacted else max(size, offset + length)
+    return size
+
+
+def _xsave_leaves() -> dict[int, Registers]:
+    """Return the subleaves of leaf 0xD; sizes of the current state are filled in at run time."""
+    if not _is_supported("XSAVE"):
+        return {0: _NONE}
+    low, high = SUPPORTED_XCR0 & 0xFFFF_FFFF, SUPPORTED_XCR0 >> 32
+    largest = xstate_required_size(SUPPORTED_XCR0, compacted=False)
+    leaves: dict[int, Registers] = {0: (low, _XSAVE_HEADER_END, largest, high), 1: _features(0xD, 1)}
+    for component, (offset, size) in XSTATE_COMPONENTS.items():
+        if SUPPORTED_XCR0 >> component & 1:
+            leaves[component] = (size, offset, 0, 0)
+    return leaves
+
+
+# Leaves with subleaves, by index; the flag says so to the guest's CPUID.
+_SUBLEAVES: dict[int, dict[int, Registers]] = {
+    4: dict(enumerate(_CACHES)),
+    7: {0: _features(7)},
+    0xB: {0: _NONE},
+    0xD: _xsave_leaves(),
 }
 
 
@@ -274,7 +318,7 @@ def _supported() -> Iterator[Entry]:
     for first, last in ((0, _MAX_BASIC), (0x8000_0000, _MAX_EXTENDED)):
         for function in range(first, last + 1):
             if function in _SUBLEAVES:
-                for index, registers in enumerate(_SUBLEAVES[function]):
+                for index, registers in _SUBLEAVES[function].items():
                     yield Entry(function, index, _SIGNIFICANT, registers)
             else:
                 yield Entry(function, 0, 0, _LEAVES.get(function, _NONE))
@@ -468,20 +512,6 @@ def runtime(vcpu: Vcpu, entry: Entry) -> Entry:
 
 def _with_bit(value: int, bit: int, *, on: bool) -> int:
     return value | 1 << bit if on else value & ~(1 << bit)
-
-
-# Offset and size of the components in the standard format of XSAVE.
-XSTATE_COMPONENTS = {2: (576, 256), 9: (2688, 8)}
-_XSAVE_HEADER_END = 576
-
-
-def xstate_required_size(xstate_bv: int, *, compacted: bool) -> int:
-    """Return the bytes of an XSAVE area with these components."""
-    size = _XSAVE_HEADER_END
-    for component, (offset, length) in XSTATE_COMPONENTS.items():
-        if xstate_bv >> component & 1:
-            size = size + length if compacted else max(size, offset + length)
-    return size
 
 
 def _take(entries: CData, n: int) -> tuple[Entry, ...]:

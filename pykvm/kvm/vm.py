@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from errno import EBUSY, EEXIST, EINVAL
 from typing import TYPE_CHECKING
@@ -34,14 +35,35 @@ MAX_TSS_ADDR = 0xFFFF_D000
 capability("KVM_CAP_MULTI_ADDRESS_SPACE", ADDRESS_SPACES)
 capability("KVM_CAP_MAX_VCPU_ID", KVM_MAX_VCPU_IDS)
 
-_live_lock = threading.Lock()
-_live: set[Vm] = set()
+
+class _Live:
+    """The VMs of this process that are not destroyed."""
+
+    def __init__(self) -> None:
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        self.lock = threading.Lock()
+        self.vms: set[Vm] = set()
+
+    def add(self, vm: Vm) -> None:
+        with self.lock:
+            self.vms.add(vm)
+
+    def discard(self, vm: Vm) -> None:
+        with self.lock:
+            self.vms.discard(vm)
+
+
+_live = _Live()
+# The parent's VMs are not the child's, and another thread may have held the lock.
+os.register_at_fork(after_in_child=_live.start_anew)
 
 
 def live_vms() -> tuple[Vm, ...]:
     """Return the VMs of this process that are not destroyed."""
-    with _live_lock:
-        return tuple(_live)
+    with _live.lock:
+        return tuple(_live.vms)
 
 
 class Vm:
@@ -101,8 +123,7 @@ class Vm:
         """Return a descriptor of the VM.  Raises EMFILE, ENFILE."""
         self.get()
         fd = anon_inode_getfd("kvm-vm", "vm", self)
-        with _live_lock:
-            _live.add(self)
+        _live.add(self)
         return fd
 
     def release(self) -> None:
@@ -111,8 +132,7 @@ class Vm:
 
     def destroy(self) -> None:
         """Free what the VM holds; nobody can reach it any more."""
-        with _live_lock:
-            _live.discard(self)
+        _live.discard(self)
         for vcpu in self.vcpus.values():
             vcpu.destroy()
         self.vcpus = {}

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import traceback
 from errno import EBADF, EIO, ENOTTY
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pykvm import device as _device  # noqa: F401  fills the registry
 from pykvm.abi import ffi, lib, uapi
@@ -21,6 +22,9 @@ from pykvm.fd import dispatch, table
 from pykvm.kvm.memslots import hva_ranges, invalidate_range
 from pykvm.kvm.system import System
 from pykvm.kvm.vm import live_vms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # What _build.py gives to cffi: the C functions that are Python, and what runs before the first.
 EMBEDDING_API = """
@@ -72,6 +76,8 @@ class _Shim:
         self._ffi = embedding
         self._set_ranges: Any = None
         self._extensions: frozenset[str] = frozenset()
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
         self._slot_requests = {uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_SET_USER_MEMORY_REGION2}
 
     def start(self, settings: Any, own_interpreter: int) -> int:
@@ -123,11 +129,22 @@ class _Shim:
                 invalidate_range(vm, start, end)
         self._refresh()
 
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
     def _refresh(self) -> None:
-        merged: list[tuple[int, int]] = []
-        for start, end in sorted(span for vm in live_vms() for span in hva_ranges(vm)):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-            else:
-                merged.append((start, end))
-        self._set_ranges(self._ffi.new("struct embed_range[]", merged), len(merged))
+        # Held over both, so that an older list cannot be told after a newer one.
+        with self._lock:
+            merged = _merged(span for vm in live_vms() for span in hva_ranges(vm))
+            self._set_ranges(self._ffi.new("struct embed_range[]", merged), len(merged))
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the union of ranges as a sorted list of ranges that do not touch."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged

@@ -7,9 +7,9 @@ from errno import EINVAL
 from typing import TYPE_CHECKING
 
 import pytest
+
 from pykvm import uapi
 from pykvm.abi import ffi, new, to_bytes
-
 from tests.machine import Machine, cpuid_list
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from errno import EINVAL
 from typing import TYPE_CHECKING
 
 import pytest
+
 from pykvm import uapi
 from pykvm.abi import fields, new
-
 from tests.machine import CODE, Machine
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def test_setting_registers_drops_a_pending_exception(machine: Machine) -> None:
 @pytest.mark.spec("vcpu.GET_DEBUGREGS", "vcpu.SET_DEBUGREGS", "cap.base_s", "vcpu.reset_state")
 def test_debug_registers(machine: Machine) -> None:
     debugregs = machine.get(uapi.KVM_GET_DEBUGREGS, "kvm_debugregs")
-    assert (list(debugregs.db), debugregs.dr6, debugregs.dr7, debugregs.flags) == ([0] * 4, 0xFFFF0FF0, 0x400, 0)
+    assert list(debugregs.db) == [0] * 4
+    assert (debugregs.dr6, debugregs.dr7, debugregs.flags) == (0xFFFF0FF0, 0x400, 0)
     for at in range(4):
         debugregs.db[at] = (1 << 63) + at
     debugregs.dr6, debugregs.dr7 = 0xFFFF4FF1, 0x402

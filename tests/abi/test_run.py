@@ -7,14 +7,16 @@ import struct
 import threading
 import time
 from errno import EFAULT, EINTR, EINVAL
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+
 from pykvm import uapi
 from pykvm.abi import ffi, fields, new
-
-from tests.conftest import NewMachine
 from tests.machine import CODE, HOLE, POISON, Machine, emulated
+
+if TYPE_CHECKING:
+    from tests.conftest import NewMachine
 
 HOLE_SEGMENT = HOLE >> 4
 HLT = b"\xf4"
@@ -518,7 +520,8 @@ def long_mode(machine: Machine, code: bytes, **regs: int) -> None:
     sregs.cr3, sregs.cr4 = 0x9000, uapi.X86_CR4_PAE
     sregs.cr0 |= uapi.X86_CR0_PE | uapi.X86_CR0_PG
     sregs.efer = uapi.EFER_LME | uapi.EFER_LMA
-    for name, kind, flags in (("cs", 0xB, {"l": 1, "db": 0}), ("ss", 3, {"db": 1}), ("ds", 3, {}), ("es", 3, {})):
+    code, data = (0xB, {"l": 1, "db": 0}), (3, {"db": 1})
+    for name, (kind, flags) in {"cs": code, "ss": data, "ds": data, "es": data}.items():
         segment = getattr(sregs, name)
         segment.selector, segment.base, segment.limit, segment.type, segment.g = 8, 0, 0xFFFF_FFFF, kind, 1
         for flag, value in flags.items():
@@ -567,7 +570,7 @@ class Later:
         del frame
         self.calls.append(number)
 
-    def __enter__(self) -> Later:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -821,7 +824,7 @@ def test_a_hypercall_for_the_client(machine: Machine) -> None:
 @pytest.mark.spec("osi.cap_default", "cap.foreign")
 def test_osi_is_off_unless_asked_for(machine: Machine) -> None:
     assert machine.cap(uapi.KVM_CAP_PPC_OSI) == 0
-    with pytest.raises(OSError, match="EINVAL|Invalid"):
+    with pytest.raises(OSError, match=r"EINVAL|Invalid"):
         machine.enable(machine.vcpu, uapi.KVM_CAP_PPC_OSI)
 
 

@@ -7,9 +7,9 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from pykvm import uapi
 from pykvm.abi import to_bytes
-
 from tests.machine import Machine, cpuid_list, emulated
 
 if TYPE_CHECKING:

@@ -144,6 +144,91 @@ static void random_vectors(uint64_t *s, uint8_t *xsave)
     set_mxcsr(xsave, mxcsr);
 }
 
+/* 80 bits of every class there is: normal ones near the ends of the formats that are stored and
+ * near 1, denormals, pseudo-denormals, unnormals, infinities, NaNs and what is neither. */
+static void float80(uint64_t *s, uint8_t *p)
+{
+    static const uint16_t exponents[] = {
+        0x3fff,        0x3fff - 1022, 0x3fff - 1080, 0x3fff + 1023, 0x3fff - 126, 0x3fff - 150,
+        0x3fff + 127,  0x3fff - 63,   0x3fff + 62,   0x3fff + 31,   0x3fff + 15,  0x3fff - 70,
+        0x3fff - 1000, 1,             0x7ffe,        0x7000,
+    };
+    static const uint64_t edges[] = {
+        1ull << 63, ~0ull, 3ull << 62, (1ull << 63) + 1, 0xffffff0000000000, 0xfffffffffffff800,
+    };
+    uint64_t r = next_random(s), significand = next_random(s) | 1ull << 63;
+    uint16_t exponent = exponents[r >> 8 & 15];
+
+    if (r & 0x10000)
+        significand &= ~0ull << (r >> 17 & 63);
+    if (!(r >> 24 & 7))
+        significand = edges[(r >> 27) % (sizeof(edges) / sizeof(*edges))];
+    exponent += r >> 40 & 3;
+    switch (r & 15) {
+    case 0: exponent = 0; significand >>= 1 + (r >> 32 & 63); break;
+    case 1: exponent = 0; break;
+    case 2: exponent = 0; significand = 0; break;
+    case 3: significand >>= 1; break;
+    case 4: exponent = 0x7fff; significand = 1ull << 63; break;
+    case 5: exponent = 0x7fff; break;
+    case 6: exponent = 0x7fff; significand &= ~(1ull << 62); break;
+    case 7: exponent = 0x7fff; significand >>= 1 + (r >> 32 & 63); break;
+    case 8: exponent = r >> 48 & 0x7fff; break;
+    case 9: exponent = 0x3fff + (r >> 48 & 7); break;
+    }
+    exponent |= r >> 63 << 15;
+    memcpy(p, &significand, 8);
+    memcpy(p + 8, &exponent, 2);
+}
+
+/* Sixteen bytes of data: 80 bits, two of 64, four of 32, decimal digits, or integers. */
+static void fpu_data(uint64_t *s, uint64_t *v)
+{
+    uint64_t r = next_random(s);
+
+    v[0] = operand(s);
+    v[1] = operand(s);
+    switch (r & 7) {
+    case 0: case 1: float80(s, (uint8_t *)v); break;
+    case 2: case 3: v[0] = float64(s); v[1] = float64(s); break;
+    case 4: case 5:
+        v[0] = float32(s) | (uint64_t)float32(s) << 32;
+        v[1] = float32(s) | (uint64_t)float32(s) << 32;
+        break;
+    case 6:
+        for (unsigned n = 0; n < 18; n++) /* 18 digits */
+            ((uint8_t *)v)[n / 2] = (uint8_t)(((uint8_t *)v)[n / 2] << 4 | next_random(s) % 10);
+        ((uint8_t *)v)[9] = r >> 32 & 0x80;
+        break;
+    }
+}
+
+static void random_fpu(uint64_t *s, uint8_t *xsave)
+{
+    uint64_t r = next_random(s);
+    uint16_t fcw = 0x37f, fsw = r >> 8 & 0x7f00;
+    uint16_t fop = next_random(s) & 0x7ff;
+    uint64_t pointers[2] = {next_random(s) & 0xffffffff, next_random(s) & 0xffffffff};
+
+    if (r & 1) /* rounding and precision */
+        fcw ^= r >> 24 & 0x0f00;
+    if (!(r & 6)) /* unmasked exceptions */
+        fcw &= ~(r >> 32 & 0x3f);
+    if (r & 8)
+        fsw |= r >> 40 & 0x7f;
+    if (r >> 60) /* mostly nothing is pending */
+        fsw &= fcw | ~0x3f;
+    if (fsw & ~fcw & 0x3f)
+        fsw |= 0x8080;
+    memcpy(xsave, &fcw, 2);
+    memcpy(xsave + 2, &fsw, 2);
+    xsave[4] = r & 0x30 ? 0xff : r & 0x40 ? 0 : (uint8_t)(r >> 48);
+    memcpy(xsave + 6, &fop, 2);
+    memcpy(xsave + 8, pointers, sizeof(pointers));
+    for (unsigned n = 0; n < 8; n++)
+        float80(s, xsave + FUZZ_ST + 16 * n);
+}
+
 static void small_indexes(uint64_t *s, uint8_t *xsave, unsigned reg, unsigned size)
 {
     for (unsigned k = 0; k < 32; k += size) {
@@ -177,6 +262,9 @@ void fuzz_expand(const struct fuzz_template *t, uint64_t seed, struct fuzz_case 
     set_mxcsr(c->in.xsave, 0x1f80);
     if (t->flags & FUZZ_VECTOR)
         random_vectors(&seed, c->in.xsave);
+    if (t->flags & FUZZ_FPU)
+        random_fpu(&seed, c->in.xsave);
+    memcpy(c->ignored, t->ignored, sizeof(c->ignored));
     if (t->index_size)
         small_indexes(&seed, c->in.xsave, t->index_register, t->index_size);
     c->in.rip = t->rip;
@@ -190,7 +278,10 @@ void fuzz_fill(uint8_t *pages, const struct fuzz_case *c)
     uint64_t seed = c->memory_seed, word = next_random(&seed);
     uint64_t words[8] = {word, word, word, word, word, word, word, word};
 
-    if (c->flags & FUZZ_VECTOR) {
+    if (c->flags & FUZZ_FPU) {
+        for (unsigned n = 0; n < 8; n += 2)
+            fpu_data(&seed, words + n);
+    } else if (c->flags & FUZZ_VECTOR) {
         vector(&seed, words, 4);
         vector(&seed, words + 4, 4);
     }
@@ -218,6 +309,16 @@ uint64_t fuzz_hash(const uint8_t *pages)
             h = (h ^ p[n]) * 0x9e3779b97f4a7c15 + (h >> 29);
     }
     return h;
+}
+
+void fuzz_forget(uint8_t *pages, const struct fuzz_case *c)
+{
+    for (unsigned n = 0; n < FUZZ_IGNORED; n++) {
+        uint64_t from = c->ignored[n].at - FUZZ_DATA, to = from + c->ignored[n].size;
+        for (uint64_t at = from; at < to; at++)
+            if (at < FUZZ_DATA_PAGES * PAGE && at / PAGE != 2 && at / PAGE != 3)
+                pages[at] = 0;
+    }
 }
 
 void *fuzz_shared(uint64_t size)
@@ -248,12 +349,24 @@ static int same_vectors(const struct fuzz_result *a, const struct fuzz_result *b
            !memcmp(x + FUZZ_YMM, y + FUZZ_YMM, 256);
 }
 
+/* Not the pointers: AMD saves them only with an exception pending (APM vol. 2 11.4.4). */
+static int same_fpu(const struct fuzz_result *a, const struct fuzz_result *b)
+{
+    const uint8_t *x = a->out.xsave, *y = b->out.xsave;
+
+    for (unsigned n = 0; n < 8; n++)
+        if (memcmp(x + FUZZ_ST + 16 * n, y + FUZZ_ST + 16 * n, 10))
+            return 0;
+    return !memcmp(x, y, 5);
+}
+
 static int same(const struct fuzz_case *c, const struct fuzz_result *a, const struct fuzz_result *b)
 {
     if (b->vector == 14 && a->vector != 14 && is_foreign(b->cr2))
         return 1;
     return same_exception(a, b) && a->out.rip == b->out.rip &&
            (!(c->flags & FUZZ_VECTOR) || same_vectors(a, b)) &&
+           (!(c->flags & FUZZ_FPU) || same_fpu(a, b)) &&
            !memcmp(a->out.gpr, b->out.gpr, sizeof(a->out.gpr)) &&
            !((a->out.rflags ^ b->out.rflags) & c->flags_mask) && a->memory_hash == b->memory_hash;
 }

@@ -29,6 +29,25 @@ static void get_vectors(const struct cpu_fpu *f, uint8_t *xsave)
     }
 }
 
+static void set_fpu(struct cpu_fpu *f, const uint8_t *xsave)
+{
+    memcpy(&f->fcw, xsave, sizeof(f->fcw));
+    memcpy(&f->fsw, xsave + 2, sizeof(f->fsw));
+    f->ftw = xsave[4];
+    memcpy(&f->fop, xsave + 6, sizeof(f->fop));
+    memcpy(&f->fip, xsave + 8, sizeof(f->fip));
+    memcpy(&f->fdp, xsave + 16, sizeof(f->fdp));
+    memcpy(f->st, xsave + FUZZ_ST, sizeof(f->st));
+}
+
+static void get_fpu(const struct cpu_fpu *f, uint8_t *xsave)
+{
+    memcpy(xsave, &f->fcw, sizeof(f->fcw));
+    memcpy(xsave + 2, &f->fsw, sizeof(f->fsw));
+    xsave[4] = f->ftw;
+    memcpy(xsave + FUZZ_ST, f->st, sizeof(f->st));
+}
+
 /* How it ended: what of enum cpu_exit_reason is not an end. */
 static int enter(const struct fuzz_core *core, const struct fuzz_case *c)
 {
@@ -64,6 +83,8 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
     g->rflags = c->in.rflags;
     if (c->flags & FUZZ_VECTOR)
         set_vectors(&g->fpu, c->in.xsave);
+    if (c->flags & FUZZ_FPU)
+        set_fpu(&g->fpu, c->in.xsave);
     g->interruptibility = g->pending_dbg = 0;
     v->ctl.flags =
         (v->ctl.flags & ~(uint32_t)CPU_SINGLE_STEP) | (c->flags & FUZZ_STEP ? CPU_SINGLE_STEP : 0);
@@ -76,6 +97,9 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
     r->out.rflags = g->rflags;
     if (c->flags & FUZZ_VECTOR)
         get_vectors(&g->fpu, r->out.xsave);
+    if (c->flags & FUZZ_FPU)
+        get_fpu(&g->fpu, r->out.xsave);
+    fuzz_forget(core->data, c);
     r->memory_hash = fuzz_hash(core->data);
     r->vector = reason == EXIT_MTF ? -1 : -2 - reason;
     if (reason == EXIT_EXCEPTION) {

@@ -25,6 +25,7 @@
 #define FUZZ_CODE32 16   /* 32-bit code in flat segments; neither this nor the next: 64-bit code */
 #define FUZZ_CODE16 32   /* 16-bit code: CS at FUZZ_CODE; DS, ES, SS at FUZZ_DATA */
 #define FUZZ_VECTOR 64   /* vector registers, MXCSR and data are of interest for vector instructions */
+#define FUZZ_FPU 128     /* x87 registers and data are of interest for x87 and MMX */
 
 /* Limits of 16-bit code.  ES expands down: what is above its limit is accessible. */
 #define FUZZ_CS_LIMIT 0x1fff
@@ -34,6 +35,7 @@
 
 /* Of the XSAVE image (SDM vol. 1 13.4), which struct fuzz_state contains. */
 #define FUZZ_MXCSR 24
+#define FUZZ_ST 32
 #define FUZZ_XMM 160
 #define FUZZ_XSTATE_BV 512
 #define FUZZ_YMM 576
@@ -44,6 +46,13 @@ struct fuzz_state {
     uint64_t rip, rflags;
     uint64_t pad[6];
     uint8_t xsave[FUZZ_XSAVE_SIZE]; /* standard format; aligned to 64 bytes where it is used */
+};
+
+/* Data that is not compared: where processors are free to differ. */
+#define FUZZ_IGNORED 3
+struct fuzz_ignored {
+    uint64_t at;
+    uint64_t size; /* 0: none */
 };
 
 struct fuzz_template {
@@ -58,6 +67,7 @@ struct fuzz_template {
     uint64_t flags_mask;      /* rflags bits that are defined */
     uint32_t index_size;      /* 4 or 8: vector register index_register holds small numbers of that size */
     uint32_t index_register;
+    struct fuzz_ignored ignored[FUZZ_IGNORED];
 };
 
 struct fuzz_case {
@@ -68,6 +78,7 @@ struct fuzz_case {
     uint64_t memory_seed;
     uint64_t patch_at, patch;
     uint64_t flags_mask;
+    struct fuzz_ignored ignored[FUZZ_IGNORED];
 };
 
 struct fuzz_result {
@@ -92,6 +103,8 @@ void fuzz_expand(const struct fuzz_template *t, uint64_t seed, struct fuzz_case 
 /* What the data pages hold before a case (page 2 is left alone), and their hash afterwards. */
 void fuzz_fill(uint8_t *pages, const struct fuzz_case *c);
 uint64_t fuzz_hash(const uint8_t *pages);
+/* Clears what is not compared. */
+void fuzz_forget(uint8_t *pages, const struct fuzz_case *c);
 
 /* Shared memory for n cases and as many results, all zero. */
 void *fuzz_shared(uint64_t size);

@@ -584,5 +584,7 @@ class Generator:
             return True  # across the end of canonical addresses the mask decides (SDM vol. 2: implementation-specific)
         if row.name in {"loope", "loopne"} and {0xF2, 0xF3} & set(e.legacy):
             return True  # REPE and REPNE decide about ZF in place of the opcode (measured on Zen 5)
+        if row.name in {"pextrd", "pinsrd"} and e.vex and e.rex & 8 and self.bits < 64:
+            return True  # VEX.W is ignored outside 64-bit mode (SDM vol. 2, PINSRD footnote); Zen 5 raises #UD
         # MOVSXD r16: the source is 16 bits (SDM vol. 2); Zen 5 reads 32
         return row.name == "movsxd" and e.memory and e.opsize(row) == 2

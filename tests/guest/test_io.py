@@ -86,7 +86,7 @@ def test_out(m: Machine, source: str, port: int, size: int) -> None:
 @pytest.mark.spec("cpu.string_io")
 @pytest.mark.parametrize(("suffix", "size"), [("b", 1), ("w", 2), ("d", 4)])
 def test_rep_ins_asks_for_what_fits_the_page_and_a_batch(m: Machine, suffix: str, size: int) -> None:
-    count, first = 3000 // size, 512 // size
+    count = 3000 // size
     start(m, f"rep ins{suffix}; hlt", rcx=count, rdi=DATA + 0x1000 - 512, rdx=PORT)
     sent: list[int] = []
     batches = []
@@ -99,7 +99,10 @@ def test_rep_ins_asks_for_what_fits_the_page_and_a_batch(m: Machine, suffix: str
         answer(m, size, *elements)
         sent += elements
         batches.append(n)
-    assert batches[:3] == [first, 1024 // size, 1024 // size]
+    # KVM's pio_in_emulated(): the rest of the page counts in bytes whatever the element size
+    assert batches[0] == min(512, 1024 // size)
+    assert batches[1] == 1024 // size
+    assert sum(batches) == count
     assert m.reg("rcx") == 0
     assert [m.read(DATA + 0x1000 - 512 + size * k, size) for k in range(count)] == sent
 
@@ -110,10 +113,9 @@ def test_ins_without_rep_and_backwards(m: Machine) -> None:
     m.run(lib.EXIT_IO)
     assert asked(m) == (PORT, 2, 1, 1, 0, 1)
     answer(m, 2, 0x1234)
-    for value in (0x56, 0x78):
-        m.run(lib.EXIT_IO)
-        assert asked(m) == (PORT, 1, 1, 1, 1, 1)
-        answer(m, 1, value)
+    m.run(lib.EXIT_IO)
+    assert asked(m) == (PORT, 1, 1, 1, 1, 2)
+    answer(m, 1, 0x56, 0x78)
     m.run(lib.EXIT_HLT)
     assert m.ram[DATA : DATA + 3] == bytes([0x34, 0x78, 0x56])
     assert m.reg("rdi") == DATA
