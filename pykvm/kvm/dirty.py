@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pykvm.abi import CData, uapi
 from pykvm.abi.errors import KvmError
-from pykvm.abi.ioctl import In, InOut, vm_ioctl
+from pykvm.abi.ioctl import In, vm_ioctl
 from pykvm.abi.uaccess import address_of
 from pykvm.kvm.caps import vm_cap
 from pykvm.kvm.memslots import KVM_USER_MEM_SLOTS, dirty_bitmap_bytes
@@ -49,7 +49,7 @@ def get_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
 
 @vm_ioctl(
     "KVM_CLEAR_DIRTY_LOG",
-    InOut("struct kvm_clear_dirty_log"),
+    In("struct kvm_clear_dirty_log"),
     cap="KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
     user=True,
 )

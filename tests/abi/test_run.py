@@ -520,12 +520,10 @@ def long_mode(machine: Machine, code: bytes, **regs: int) -> None:
     sregs.cr3, sregs.cr4 = 0x9000, uapi.X86_CR4_PAE
     sregs.cr0 |= uapi.X86_CR0_PE | uapi.X86_CR0_PG
     sregs.efer = uapi.EFER_LME | uapi.EFER_LMA
-    code, data = (0xB, {"l": 1, "db": 0}), (3, {"db": 1})
-    for name, (kind, flags) in {"cs": code, "ss": data, "ds": data, "es": data}.items():
-        segment = getattr(sregs, name)
-        segment.selector, segment.base, segment.limit, segment.type, segment.g = 8, 0, 0xFFFF_FFFF, kind, 1
-        for flag, value in flags.items():
-            setattr(segment, flag, value)
+    for name in ("cs", "ss", "ds", "es"):
+        segment, is_code = getattr(sregs, name), name == "cs"
+        segment.selector, segment.base, segment.limit, segment.g = 8, 0, 0xFFFF_FFFF, 1
+        segment.type, segment.l, segment.db = 0xB if is_code else 3, is_code, not is_code
     machine.set_sregs(sregs)
     machine.set_regs(**regs)
 

@@ -264,11 +264,22 @@ void fuzz_expand(const struct fuzz_template *t, uint64_t seed, struct fuzz_case 
         random_vectors(&seed, c->in.xsave);
     if (t->flags & FUZZ_FPU)
         random_fpu(&seed, c->in.xsave);
+    memcpy(c->zeroed, t->zeroed, sizeof(c->zeroed));
     memcpy(c->ignored, t->ignored, sizeof(c->ignored));
     if (t->index_size)
         small_indexes(&seed, c->in.xsave, t->index_register, t->index_size);
     c->in.rip = t->rip;
     c->in.rflags = 0x202 | (next_random(&seed) & 0xcd5);
+}
+
+static void clear(uint8_t *pages, const struct fuzz_range *range)
+{
+    for (unsigned n = 0; n < FUZZ_RANGES; n++) {
+        uint64_t from = range[n].at - FUZZ_DATA, to = from + range[n].size;
+        for (uint64_t at = from; at < to; at++)
+            if (at < FUZZ_DATA_PAGES * PAGE && at / PAGE != 2)
+                pages[at] = 0;
+    }
 }
 
 /* A repeating word (or eight, for vectors) with some changes: string instructions find equal and
@@ -295,6 +306,7 @@ void fuzz_fill(uint8_t *pages, const struct fuzz_case *c)
         for (unsigned n = 0; n < 24; n++)
             p[next_random(&seed) % (PAGE / 8)] = next_random(&seed);
     }
+    clear(pages, c->zeroed);
     if (c->patch_at)
         memcpy(pages + (c->patch_at - FUZZ_DATA), &c->patch, 8);
 }
@@ -311,15 +323,7 @@ uint64_t fuzz_hash(const uint8_t *pages)
     return h;
 }
 
-void fuzz_forget(uint8_t *pages, const struct fuzz_case *c)
-{
-    for (unsigned n = 0; n < FUZZ_IGNORED; n++) {
-        uint64_t from = c->ignored[n].at - FUZZ_DATA, to = from + c->ignored[n].size;
-        for (uint64_t at = from; at < to; at++)
-            if (at < FUZZ_DATA_PAGES * PAGE && at / PAGE != 2 && at / PAGE != 3)
-                pages[at] = 0;
-    }
-}
+void fuzz_forget(uint8_t *pages, const struct fuzz_case *c) { clear(pages, c->ignored); }
 
 void *fuzz_shared(uint64_t size)
 {

@@ -48,11 +48,10 @@ struct fuzz_state {
     uint8_t xsave[FUZZ_XSAVE_SIZE]; /* standard format; aligned to 64 bytes where it is used */
 };
 
-/* Data that is not compared: where processors are free to differ. */
-#define FUZZ_IGNORED 3
-struct fuzz_ignored {
-    uint64_t at;
-    uint64_t size; /* 0: none */
+/* A part of the data pages; size 0: none. */
+#define FUZZ_RANGES 2
+struct fuzz_range {
+    uint64_t at, size;
 };
 
 struct fuzz_template {
@@ -67,7 +66,8 @@ struct fuzz_template {
     uint64_t flags_mask;      /* rflags bits that are defined */
     uint32_t index_size;      /* 4 or 8: vector register index_register holds small numbers of that size */
     uint32_t index_register;
-    struct fuzz_ignored ignored[FUZZ_IGNORED];
+    struct fuzz_range zeroed[FUZZ_RANGES];  /* before patch */
+    struct fuzz_range ignored[FUZZ_RANGES]; /* not compared: processors are free to differ */
 };
 
 struct fuzz_case {
@@ -78,7 +78,8 @@ struct fuzz_case {
     uint64_t memory_seed;
     uint64_t patch_at, patch;
     uint64_t flags_mask;
-    struct fuzz_ignored ignored[FUZZ_IGNORED];
+    struct fuzz_range zeroed[FUZZ_RANGES];  /* before patch */
+    struct fuzz_range ignored[FUZZ_RANGES]; /* not compared: processors are free to differ */
 };
 
 struct fuzz_result {

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pykvm.abi import ffi, lib
+from tests.fuzz import fpu
 from tests.fuzz.undefined import CHECKED_FLAGS, undefined_flags
 
 if TYPE_CHECKING:
@@ -36,18 +37,18 @@ FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "G,V,E", "G,E,V", "V,E"}
 # V, H: vector registers of reg and vvvv; W: r/m; X: r/m that is a general register; G: reg that is one
 FORMS_OF_VECTORS = {"V,W", "V,W,Ib", "V,H,W", "V,H,W,Ib", "W,V", "W,H,V", "W,V,Ib", "H,W,Ib"}
 FORMS_OF_VECTORS |= {"V,X", "V,H,X", "V,H,X,Ib", "X,V", "X,V,Ib", "G,W", "G,W,Ib"}
-FORMS_WITH_MODRM |= FORMS_OF_VECTORS
+FORMS_WITH_MODRM |= FORMS_OF_VECTORS | fpu.FORMS
 ENCODINGS = {"sse", "vex128", "vex256"}
 ROW_FLAGS = {"8-bit", "lock", "cpl0"} | ENCODINGS
 
 # The integer instructions among rows of forms that others have, too.
-INTEGER_NAMES = {"M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr"}, "V,E": {"blsr", "blsmsk", "blsi"}, "ModRM": {"nop"}}
+INTEGER_NAMES = {"M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr", *fpu.STATE}, "V,E": {"blsr", "blsmsk", "blsi"}, "ModRM": {"nop"}}
 # Not for a user program, or different at every execution, or about state that is not compared here.
 NOT_COMPARED = """
     syscall sysret sysenter sysexit int int3 int1 into iret cpuid rdtsc rdtscp rdpmc rdrand rdseed rdpid
     xgetbv rdpkru wrpkru rdfsbase rdgsbase wrfsbase wrgsbase sgdt sidt sldt str smsw lar lsl verr verw arpl
     push_s pop_s les lds lss lfs lgs retf vmcall vmmcall monitor mwait rsm serialize cli sti prefetch
-    ud0 ud1 ud2 clflush clflushopt clwb pause emms fwait lfence mfence sfence
+    ud0 ud1 ud2 clflush clflushopt clwb pause lfence mfence sfence
 """
 SKIPPED = frozenset(NOT_COMPARED.split())
 BRANCHES = {"jmp", "call", "ret", "jcxz", "loop", "loope", "loopne"}
@@ -161,6 +162,8 @@ class Template:
     rip: int = CODE + 0x100
     patch: tuple[int, int] = (0, 0)
     flags_mask: int = CHECKED_FLAGS
+    zeroed: list[tuple[int, int]] = field(default_factory=list)
+    ignored: list[tuple[int, int]] = field(default_factory=list)
     index: tuple[int, int] = (0, 0)  # size of the indexes and register, of a gather
 
 
@@ -323,6 +326,8 @@ class Generator:
         if e.memory:
             self.solve_address(row, e, t)
         self.choose_state(row, e, t)
+        if fpu.is_fpu(row):
+            fpu.choose_state(self, row, e, t)
         t.bytes = self.encode(row, e)
         if e.rip_relative:
             self.aim_rip_relative(row, e, t)
@@ -413,6 +418,8 @@ class Generator:
         e.target = e.target or self.any_address()
         if row.encodings and not self.chance(4):
             e.target &= -32 if e.vex_l else -16
+        if fpu.is_fpu(row) and not self.chance(4):
+            e.target &= -fpu.alignment(row)
         if row.is_gather:
             t.index = (8 if row.name[-2:-1] == "q" or "gatherq" in row.name else 4, e.vector_index)
         if row.name == "cmpxchg16b" and not self.chance(4):

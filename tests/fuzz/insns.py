@@ -167,6 +167,9 @@ class Fuzzer:
         t.patch_at, t.patch = template.patch[0], template.patch[1] & 2**64 - 1
         t.flags_mask = template.flags_mask
         t.index_size, t.index_register = template.index
+        for ranges, wanted in ((t.zeroed, template.zeroed), (t.ignored, template.ignored)):
+            for k, (at_address, size) in enumerate(wanted):
+                ranges[k].at, ranges[k].size = at_address & 2**64 - 1, size
         for k in range(VARIANTS):
             self.lib.fuzz_expand(t, seed + k, self.cases + at + k)
             if k & 1:

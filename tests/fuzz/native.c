@@ -212,6 +212,7 @@ static void run_case(const struct fuzz_case *c, struct fuzz_result *r)
         r->vector = -1;
         r->out.rip--;
     }
+    fuzz_forget(data, c);
     r->memory_hash = fuzz_hash(data);
 }
 
