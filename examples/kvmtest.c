@@ -1456,10 +1456,10 @@ GUEST(smp_code,
     mov     $20, %edi;
 1:  cmp     %esi, DATA + 0x40;      /* take turns */
     jne     1b;
+    incl    DATA + 0x80;            /* mine alone until the turn is given away */
     mov     %esi, %eax;
     xor     $1, %eax;
     mov     %eax, DATA + 0x40;
-    incl    DATA + 0x80;
     dec     %edi;
     jnz     1b;
     hlt;
@@ -2409,7 +2409,7 @@ GUEST(paging32_code,
     movl    $0x11223344, DATA + 0x400000;
     mov     DATA, %eax;
     out     %eax, $PORT;
-    mov     DATA + 0x3ff000, %eax;  /* the page below, seen through the page table */
+    mov     DATA + 0x300000, %eax;  /* the page below, seen through the page table */
     out     %eax, $PORT;
     mov     %ebx, %cr0;
 
@@ -2444,7 +2444,7 @@ static void test_paging32(struct machine *m)
     pd[1] = 0 | PRESENT | WRITE | LARGE;
     for (uint32_t i = 0; i < 1024; i++)
         pt[i] = i << 12 | PRESENT | WRITE;
-    pt[(DATA + 0x3ff000) >> 12 & 1023] = (DATA + 0x1000) | PRESENT | WRITE;
+    pt[(DATA + 0x300000) >> 12 & 1023] = (DATA + 0x1000) | PRESENT | WRITE;
     pdpt[0] = pdpt[1] = (PML4 + 0x9000) | PRESENT;
     pae_pd[0] = 0 | PRESENT | WRITE | LARGE;
     *(uint32_t *)(m->ram + DATA + 0x1000) = 0x99aabbcc;

@@ -329,7 +329,9 @@ static unsigned address_size(const struct decoder *d)
 /* How the linear address is made, and in which segment. */
 static void set_segment(const struct decoder *d, struct insn *i, unsigned dflt)
 {
-    unsigned seg = d->seg == NO_SEG ? dflt : d->seg;
+    /* 64-bit code ignores CS, DS, ES and SS prefixes: what is a stack reference stays one. */
+    bool overridden = d->seg != NO_SEG && !(d->code64 && d->seg < CPU_SEG_FS);
+    unsigned seg = overridden ? d->seg : dflt;
 
     if (d->seg != NO_SEG)
         i->flags |= I_SEGOVR;

@@ -297,8 +297,8 @@ static bool step_one(struct cpu *cpu)
 
 /* ---- looking around -------------------------------------------------------------------------------------- */
 
-/* Requests of other threads, done before they are acknowledged. */
-static bool do_requests(struct cpu *cpu)
+/* Flushes other threads ask for, done before they are acknowledged; returns what else they want. */
+static u32 do_flushes(struct cpu *cpu)
 {
     u32 flushes = CPU_REQ_FLUSH_TLB | CPU_REQ_FLUSH_CODE;
     u32 request = atomic_load(&cpu->request);
@@ -313,7 +313,12 @@ static bool do_requests(struct cpu *cpu)
         atomic_fetch_and(&cpu->request, ~R_FLUSHING);
         request = atomic_load(&cpu->request);
     }
-    return !(request & CPU_REQ_KICK) || leave(cpu, EXIT_KICK);
+    return request;
+}
+
+static bool do_requests(struct cpu *cpu)
+{
+    return !(do_flushes(cpu) & CPU_REQ_KICK) || leave(cpu, EXIT_KICK);
 }
 
 static void begin_slice(struct cpu *cpu)
@@ -641,6 +646,7 @@ int cpu_enter(struct cpu *cpu)
 int cpu_complete(struct cpu *cpu)
 {
     begin(cpu);
+    do_flushes(cpu); /* memory may have gone since the exit; a kick can wait for one instruction */
     if (host_guard_enter(cpu))
         host_fault(cpu);
     else

@@ -194,7 +194,7 @@ class Events:
         if self.exception_pending:
             self._inject_pending_exception(vcpu)
             can_inject = False
-        if self.nmi_pending:
+        if self.nmi_pending and not vcpu.debug.control & uapi.KVM_GUESTDBG_BLOCKIRQ:
             self._inject_pending_nmi(vcpu, can_inject=can_inject)
 
     def _inject_pending_exception(self, vcpu: Vcpu) -> None:

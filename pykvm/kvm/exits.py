@@ -140,10 +140,23 @@ def complete_instruction(vcpu: Vcpu) -> Outcome:
         # KVM's emulator leaves REP INS after each batch: the next one is asked for by the guest again.
         if reason == _EXIT_NONE or (reason == _EXIT_IO and getattr(cpu.exit.io, "in")):
             return RESUME
-        outcome = HANDLERS[reason](vcpu)
+        try:
+            outcome = HANDLERS[reason](vcpu)
+        except KvmError:
+            # The client may mend its memory: the answers in ctl are still good then.
+            vcpu.complete_userspace_io = _complete_later
+            raise
         # A page that had to be mapped first: the instruction is still to be done.
         if outcome is USERSPACE or reason not in _RETRIED or vcpu.events.exception_pending:
             return outcome
+
+
+def _complete_later(vcpu: Vcpu) -> Outcome:
+    if not rip_moved(vcpu):
+        return complete_instruction(vcpu)
+    ctl = vcpu.cpu.ctl
+    ctl.pio_count = ctl.pio_out_done = ctl.mmio_count = 0
+    return RESUME
 
 
 _RETRIED = frozenset({lib.EXIT_EPT_VIOLATION, lib.EXIT_PAGE_FAULT})

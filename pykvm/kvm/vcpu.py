@@ -19,6 +19,7 @@ from pykvm.cpu import Cpu
 from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs
 from pykvm.kvm.clock import VcpuClock
 from pykvm.kvm.cpuid import GuestCpuid
+from pykvm.kvm.debug import GuestDebug
 from pykvm.kvm.events import Events
 from pykvm.kvm.exits import EXIT_NAMES, HANDLERS, NO_GFN, RESUME, USERSPACE, Outcome, memory_fault
 from pykvm.kvm.msr import MsrState
@@ -89,6 +90,7 @@ class Vcpu:
         self.cpuid: GuestCpuid = GuestCpuid()
         self.msrs: MsrState = MsrState()
         self.clock: VcpuClock = VcpuClock()
+        self.debug: GuestDebug = GuestDebug()
         self._reset()
 
     def _reset_apic_base(self) -> int:

@@ -416,6 +416,32 @@ def test_memory_the_host_has_not_is_efault(machine: Machine) -> None:
     assert machine.cap(uapi.KVM_CAP_MEMORY_FAULT_INFO) == 1
 
 
+@pytest.mark.spec("run.return_values", "run.complete_then_signal")
+def test_what_a_port_gave_survives_efault(machine: Machine) -> None:
+    emulated(machine, "writes to memory that is not there by MMIO")
+    page = machine.add_slot(1, 0x20000, 0x1000)
+    machine.start(REP_INSB + HLT, rcx=2, rdi=0, rdx=0x300)
+    machine.segment("es", 0x2000)
+    assert machine.go() == uapi.KVM_EXIT_IO
+    machine.data[:2] = b"ab"
+    # The slot goes, and comes back over memory that is not there.
+    region = new("kvm_userspace_memory_region")
+    region.slot = 1
+    machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
+    region.guest_phys_addr, region.memory_size = 0x20000, 0x1000
+    region.userspace_addr = 0x1000_0000_0000 - 0x1000
+    machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
+    assert machine.go_errno() == EFAULT
+    assert machine.regs.rcx == 2
+    region.memory_size = 0
+    machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
+    region.memory_size = 0x1000
+    region.userspace_addr = int(ffi.cast("uintptr_t", ffi.from_buffer(page)))
+    machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert page[:3] == b"ab\0"
+
+
 # ---- HLT, SHUTDOWN, errors -----------------------------------------------------------------------
 
 

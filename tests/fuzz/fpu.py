@@ -9,14 +9,16 @@ if TYPE_CHECKING:
 
 # fuzz.h
 DATA = 0x1000_0000
-VECTOR, FPU = 64, 128
+VECTOR, FPU, PARTS = 64, 128, 256
 
 FORMS = {"x87", "mmx", "mmx,Ib", "mmx,DI"}
 WITHOUT_OPERANDS = {"fwait", "emms"}
 # XSAVES and XRSTORS are not for a user program.
+ENVIRONMENT = {"fnstenv", "fnsave", "fldenv", "frstor"}
 STATE = {"fxsave", "fxrstor", "xsave", "xsaveopt", "xsavec", "xrstor"}
 RAX, RDX, RDI = 0, 2, 7
-MXCSR, XSTATE_BV = 24, 512
+MXCSR, XSTATE_BV, AREA = 24, 512, 832
+MXCSR_OF_AMD = 1 << 17  # MM, misaligned operands (APM vol. 1 4.2.2): reserved elsewhere, and with us
 COMPACTED = 1 << 63
 
 
@@ -34,11 +36,25 @@ def choose_state(generator: Generator, row: Row, e: Encoding, t: Template) -> No
     """Flags, registers and data of a template."""
     t.flags |= VECTOR | FPU
     if row.form == "mmx,DI":
-        # a fault leaves a state for MMX behind on AMD; ours come before anything changes
-        t.fixed[RDI] = generator.writable_address() - e.segment_base()
+        choose_masked_store(generator, e, t)
+    if row.name in STATE | ENVIRONMENT:
+        t.flags |= PARTS
     if row.name in STATE and e.memory:
         choose_area(generator, row, e, t)
     t.ignored = ignored(row, e)
+
+
+def choose_masked_store(generator: Generator, e: Encoding, t: Template) -> None:
+    """None that faults: on AMD that leaves a state for MMX behind, ours faults before anything changes."""
+    if 0x2E in e.legacy or (e.bits == 32 and e.asize == 2):
+        t.fixed = {}
+    else:
+        t.fixed[RDI] = generator.writable_address() - e.segment_base()
+
+
+def is_readable(offset: int) -> bool:
+    """Is an area there of whole in the pages 0 and 1, or 3 and 4?"""
+    return 0 <= offset <= 0x2000 - AREA or 0x3000 <= offset <= 0x5000 - AREA
 
 
 def choose_area(generator: Generator, row: Row, e: Encoding, t: Template) -> None:
@@ -48,9 +64,10 @@ def choose_area(generator: Generator, row: Row, e: Encoding, t: Template) -> Non
             t.fixed = {}  # given up
             return
         t.fixed[RAX], t.fixed[RDX] = generator.random.getrandbits(3), 0
-    if row.name.endswith("rstor") and DATA <= e.target <= DATA + 0x1FF8 - 576 and not generator.chance(8):
+    if row.name.endswith("rstor") and is_readable(e.target - DATA):
         t.zeroed = [(e.target + MXCSR, 8)]
-        t.patch = (e.target + MXCSR, generator.number(16))
+        mxcsr = generator.number(32 if generator.chance(4) else 16)
+        t.patch = (e.target + MXCSR, mxcsr & ~MXCSR_OF_AMD)
     if row.name == "xrstor" and t.zeroed:
         t.zeroed.append((e.target + XSTATE_BV, 64))
         xstate_bv = generator.random.getrandbits(3)

@@ -26,6 +26,7 @@
 #define FUZZ_CODE16 32   /* 16-bit code: CS at FUZZ_CODE; DS, ES, SS at FUZZ_DATA */
 #define FUZZ_VECTOR 64   /* vector registers, MXCSR and data are of interest for vector instructions */
 #define FUZZ_FPU 128     /* x87 registers and data are of interest for x87 and MMX */
+#define FUZZ_PARTS 256   /* accessed in parts, in any order: which of them faults first is not compared */
 
 /* Limits of 16-bit code.  ES expands down: what is above its limit is accessible. */
 #define FUZZ_CS_LIMIT 0x1fff

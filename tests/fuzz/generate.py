@@ -514,8 +514,15 @@ class Generator:
             t.fixed[RAX], t.fixed[RDX] = self.length(), self.length()
         elif row.name == "maskmovdqu":
             t.fixed[RDI] = self.any_address() - e.segment_base()
-        elif row.name == "ldmxcsr" and self.chance(2) and DATA <= e.target <= DATA + 0x1FF8:
-            t.patch = (e.target, self.number(16))
+        elif row.name == "ldmxcsr":
+            self.make_mxcsr(e, t)
+
+    def make_mxcsr(self, e: Encoding, t: Template) -> None:
+        """Without bit 17: AMD's misaligned-exception mask, which is reserved with Intel."""
+        if DATA <= e.target <= DATA + 0x1FF8:
+            t.patch = (e.target, self.number(16) if self.chance(2) else self.number(64) & ~0x20000)
+        elif DATA <= e.target < DATA + 0x5000:
+            t.fixed = {}
 
     def length(self) -> int:
         return self.random.randrange(-20, 20) if self.chance(2) else self.number(64)
@@ -588,10 +595,10 @@ class Generator:
         if self.bits == 64 and row.is_branch and 0x66 in e.legacy:
             return True  # AMD truncates rip to 16 bits; we ignore the prefix as Intel does (SDM vol. 2, JMP)
         if row.name == "maskmovdqu" and t.fixed[RDI] >> 46:
-            return True  # across the end of canonical addresses the mask decides (SDM vol. 2: implementation-specific)
+            return True  # across the end of canonical addresses: implementation-specific (SDM vol. 2)
         if row.name in {"loope", "loopne"} and {0xF2, 0xF3} & set(e.legacy):
             return True  # REPE and REPNE decide about ZF in place of the opcode (measured on Zen 5)
         if row.name in {"pextrd", "pinsrd"} and e.vex and e.rex & 8 and self.bits < 64:
-            return True  # VEX.W is ignored outside 64-bit mode (SDM vol. 2, PINSRD footnote); Zen 5 raises #UD
+            return True  # VEX.W is ignored outside 64-bit mode (SDM vol. 2, PINSRD); Zen 5 raises #UD
         # MOVSXD r16: the source is 16 bits (SDM vol. 2); Zen 5 reads 32
         return row.name == "movsxd" and e.memory and e.opsize(row) == 2
