@@ -31,8 +31,8 @@ struct chunk {
 
 struct codepage {
     uintptr_t hva;
-    u64 lines; /* those with code */
-    u32 stores; /* that hit code */
+    u64 lines;              /* those with code */
+    u32 stores;             /* that hit code */
     struct block *blocks;   /* linked by page_next */
     struct block *crossing; /* that end here, linked by page2_next */
     struct codepage *next;
@@ -342,7 +342,8 @@ static void builder_gp(struct builder *w)
 static void builder_decode(struct builder *w, unsigned max)
 {
     while (w->count < max) {
-        int len = decode_insn(w->cpu, w->bytes + w->len, w->n - w->len, w->mode, &w->insn[w->count]);
+        int len =
+            decode_insn(w->cpu, w->bytes + w->len, w->n - w->len, w->mode, &w->insn[w->count]);
         if (len == -1)
             return;
         if (len == -2)
@@ -370,8 +371,8 @@ static bool builder_run(struct builder *w, u64 rip)
     }
     if (w->hva2 && w->hva + w->len <= (w->hva | ~PAGE_MASK) + 1)
         w->hva2 = 0;
-    w->insn[w->count] = (struct insn){.fn = x_end, .off = (u16)w->len, .base = GPR_ZERO,
-                                      .index = GPR_ZERO};
+    w->insn[w->count] =
+        (struct insn){.fn = x_end, .off = (u16)w->len, .base = GPR_ZERO, .index = GPR_ZERO};
     return true;
 }
 
@@ -385,8 +386,13 @@ static struct block *builder_finish(const struct builder *w)
 
     if (!b || !p || (w->hva2 && !p2))
         return NULL;
-    *b = (struct block){.epoch = w->cpu->epoch, .hva = w->hva, .hva2 = w->hva2, .mode = (u16)w->mode,
-                        .n = (u16)w->count, .len = (u16)w->len, .bytes = (u8 *)b->insn + insns,
+    *b = (struct block){.epoch = w->cpu->epoch,
+                        .hva = w->hva,
+                        .hva2 = w->hva2,
+                        .mode = (u16)w->mode,
+                        .n = (u16)w->count,
+                        .len = (u16)w->len,
+                        .bytes = (u8 *)b->insn + insns,
                         .repeats = is_rep(&w->insn[w->count - 1])};
     memcpy(b->insn, w->insn, insns);
     memcpy((u8 *)b->insn + insns, w->bytes, w->len);
@@ -458,6 +464,10 @@ struct block *block_find(struct cpu *cpu, bool step)
 
     cpu->block = NULL;
     cpu->insn = NULL;
+    if (!is_code64(cpu) && GUEST(cpu).rip > SEG(cpu, CPU_SEG_CS).limit) {
+        raise_gp(cpu, 0); /* before anything about the page */
+        return NULL;
+    }
     hva = tlb_fetch(cpu, la);
     if (!hva)
         return NULL;

@@ -94,7 +94,10 @@ static u8 read_prefixes(struct decoder *d)
             continue;
         }
         switch (b) {
-        case 0x26: case 0x2e: case 0x36: case 0x3e:
+        case 0x26:
+        case 0x2e:
+        case 0x36:
+        case 0x3e:
             if (!d->code64) /* there they are ignored, even after FS or GS */
                 d->seg = b >> 3 & 3;
             break;
@@ -103,7 +106,8 @@ static u8 read_prefixes(struct decoder *d)
         case 0x66: d->osz = true; break;
         case 0x67: d->asz = true; break;
         case 0xf0: d->lock = true; break;
-        case 0xf2: case 0xf3: d->rep = b; break;
+        case 0xf2:
+        case 0xf3: d->rep = b; break;
         default: return b;
         }
         d->rex = 0; /* counts only directly before the opcode */
@@ -146,9 +150,9 @@ static const struct op *read_vex(struct decoder *d, u8 escape)
 #define W_REG_FIRST 0x02 /* reg is the destination of a specialised handler */
 #define W_MEM_ONLY 0x04
 #define W_REG_ONLY 0x08
-#define W_IMM 0x10  /* operand size, at most 32 bits, sign-extended */
-#define W_IMM8 0x20 /* sign-extended */
-#define W_H 0x40    /* vector register in VEX.vvvv */
+#define W_IMM 0x10   /* operand size, at most 32 bits, sign-extended */
+#define W_IMM8 0x20  /* sign-extended */
+#define W_H 0x40     /* vector register in VEX.vvvv */
 #define W_STORE 0x80 /* vector register in reg is the source */
 
 static const struct form_info {
@@ -223,7 +227,8 @@ static const struct form_info {
 
 static bool has_row_feature(const struct decoder *d, const struct op *op)
 {
-    return !op->feature || !d->cpu || has_feature(d->cpu, op->feature >> 5 & 0x1f, op->feature & 0x1f);
+    return !op->feature || !d->cpu ||
+           has_feature(d->cpu, op->feature >> 5 & 0x1f, op->feature & 0x1f);
 }
 
 static unsigned select_row(struct decoder *d, u32 selector)
@@ -438,8 +443,8 @@ static bool decode_control(struct decoder *d, struct insn *i)
     if (!d->lock)
         return true;
     /* LOCK MOV CR0 is MOV CR8 where CPUID says so (AMD APM vol. 3, MOV CRn) */
-    if ((d->opcode & 1) || i->src || (d->cpu && !has_feature(d->cpu, CPU_CPUID_8000_0001_ECX,
-                                                             CPUID_80000001_ECX_CR8_LEGACY)))
+    if ((d->opcode & 1) || i->src ||
+        (d->cpu && !has_feature(d->cpu, CPU_CPUID_8000_0001_ECX, CPUID_80000001_ECX_CR8_LEGACY)))
         return false;
     i->src = 8;
     return true;
@@ -493,17 +498,20 @@ static bool decode_operands(struct decoder *d, struct insn *i, unsigned form, u3
         i->imm = fetch(d, i->opsize);
         i->disp = (s64)fetch(d, 2);
         break;
-    case F_A_O: case F_O_A: decode_moffs(d, i); break;
+    case F_A_O:
+    case F_O_A: decode_moffs(d, i); break;
     case F_C: return decode_control(d, i);
     case F_E_S: return decode_segment_register(d, i, false);
     case F_S_E: return decode_segment_register(d, i, true);
     case F_S: i->src = d->opcode >> 3 & 7; break;
-    case F_STR: case F_XLAT:
+    case F_STR:
+    case F_XLAT:
         i->base = form == F_XLAT ? RBX : GPR_ZERO;
         set_segment(d, i, CPU_SEG_DS);
         break;
     case F_X87: i->imm = (d->opcode & 7u) << 8 | d->modrm; break;
-    case F_V_W_DI: case F_MMX_DI:
+    case F_V_W_DI:
+    case F_MMX_DI:
         i->base = RDI;
         set_segment(d, i, CPU_SEG_DS);
         break;
@@ -541,8 +549,8 @@ static void order_registers(const struct decoder *d, struct insn *i, unsigned fo
     i->src = rm;
 }
 
-static void choose_handler(const struct decoder *d, const struct op *op, struct insn *i, unsigned form,
-                           u32 flags)
+static void choose_handler(const struct decoder *d, const struct op *op, struct insn *i,
+                           unsigned form, u32 flags)
 {
     if ((flags & O_CPL0) && (d->mode & MODE_CPL3)) {
         i->fn = x_gp0;
@@ -651,7 +659,11 @@ static int decode(struct decoder *d, struct insn *i)
 int decode_insn(struct cpu *cpu, const u8 *bytes, unsigned n, u32 mode, struct insn *i)
 {
     struct decoder d = {
-        .bytes = bytes, .n = n, .cpu = cpu, .mode = mode, .seg = NO_SEG,
+        .bytes = bytes,
+        .n = n,
+        .cpu = cpu,
+        .mode = mode,
+        .seg = NO_SEG,
         .code64 = (mode & MODE_CODE) == MODE_CODE64,
     };
     int result;

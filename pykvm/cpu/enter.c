@@ -221,8 +221,7 @@ static bool handle_stop(struct cpu *cpu)
         cpu->budget -= cpu->insn - cpu->block->insn;
     cpu->step = false;
     switch (cpu->stop) {
-    case STOP_EXCEPTION:
-        return handle_exception(cpu);
+    case STOP_EXCEPTION: return handle_exception(cpu);
     case STOP_EXIT_DONE:
         cpu->budget -= !is_iteration(cpu, cpu->block);
         fill_insn(cpu);
@@ -284,9 +283,6 @@ static bool step_one(struct cpu *cpu)
     }
     cpu->step = false;
     cpu->insn = b->insn;
-    /* KVM counts an element of MMIO before it finds that it was the last: rip is still there */
-    if (b->repeats && cpu->posted)
-        set_rip(cpu, insn_rip(cpu, b->insn));
     cpu->repeating = is_iteration(cpu, b);
     cpu->budget -= !cpu->repeating;
     retire(cpu, b->insn, tf);

@@ -444,8 +444,8 @@ static bool find_row(const struct op *op, const char *where, u32 flags, unsigned
         if (!op->name || (*n)-- != 0)
             return false;
         snprintf(row, size, "%s%s %s%s%s%s%s%s", flags & O_VEX ? "vex " : "", where, op->name,
-                 *form_text[form] ? " " : "", form_text[form], flags & O_BYTE ? " 8-bit" : "", flags & O_LOCK ? " lock" : "",
-                 flags & O_CPL0 ? " cpl0" : "");
+                 *form_text[form] ? " " : "", form_text[form], flags & O_BYTE ? " 8-bit" : "",
+                 flags & O_LOCK ? " lock" : "", flags & O_CPL0 ? " cpl0" : "");
         describe_encodings(op, row, size);
         return true;
     }

@@ -252,15 +252,16 @@ class Events:
     def requeue(self, vcpu: Vcpu) -> None:
         """Take back an event whose delivery an exit interrupted (vmx.c __vmx_complete_interrupts).
 
-        INT n and its like are not taken back: nothing of the instruction happened, it runs again.
+        Those of an INT n and its like are not: nothing of the instruction happened, it runs again.
+        One that a client injected has no instruction, and no length of one.
         """
         vectoring = vcpu.cpu.exit.idt_vectoring
         info = vectoring.info
         vcpu.cpu.ctl.entry_event.info = 0
-        kind = info & lib.CPU_EVENT_TYPE
-        self.exception_injected = kind == lib.CPU_EVENT_HARD_EXC
+        kind, soft = info & lib.CPU_EVENT_TYPE, not vectoring.insn_len
+        self.exception_injected = kind == lib.CPU_EVENT_HARD_EXC or (soft and kind == lib.CPU_EVENT_SOFT_EXC)
         self.nmi_injected = kind == lib.CPU_EVENT_NMI
-        self.interrupt_injected = kind == lib.CPU_EVENT_INTR
+        self.interrupt_injected = kind == lib.CPU_EVENT_INTR or (soft and kind == lib.CPU_EVENT_SOFT_INTR)
         self.requested = True
         if self.exception_injected:
             self.vector = info & lib.CPU_EVENT_VECTOR
@@ -272,7 +273,7 @@ class Events:
             vcpu.cpu.guest.interruptibility &= ~lib.CPU_BLOCK_NMI
         elif self.interrupt_injected:
             self.interrupt_nr = info & lib.CPU_EVENT_VECTOR
-            self.interrupt_soft = False
+            self.interrupt_soft = kind == lib.CPU_EVENT_SOFT_INTR
 
     def queue_interrupt(self, vector: int) -> None:
         """Inject an external interrupt at the next entry, whatever IF says."""

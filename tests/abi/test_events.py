@@ -188,6 +188,21 @@ def test_an_exception_comes_before_the_next_instruction(machine: Machine) -> Non
     assert machine.events.exception.injected == 0
 
 
+@pytest.mark.spec("vcpu.SET_VCPU_EVENTS", "vcpu.GET_VCPU_EVENTS", "cpu.reinject")
+@pytest.mark.parametrize("vector", [uapi.BP_VECTOR, uapi.OF_VECTOR])
+def test_a_software_exception_is_taken_and_not_told(machine: Machine, vector: int) -> None:
+    emulated(machine, "does not inject one")
+    machine.start(NOP + HLT)
+    at = handler(machine, vector)
+    events = machine.events
+    events.exception.injected, events.exception.nr = 1, vector
+    machine.set_events(events)
+    assert (machine.events.exception.injected, machine.events.exception.nr) == (0, vector)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert machine.regs.rip == at + 1
+    assert frame(machine)[0] == CODE
+
+
 @pytest.mark.spec("cpu.idt_delivery")
 def test_real_mode_pushes_no_error_code(machine: Machine) -> None:
     machine.start(NOP + HLT)

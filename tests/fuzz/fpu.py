@@ -13,6 +13,7 @@ VECTOR, FPU, PARTS = 64, 128, 256
 
 FORMS = {"x87", "mmx", "mmx,Ib", "mmx,DI"}
 WITHOUT_OPERANDS = {"fwait", "emms"}
+EIGHTY_BITS = {(0xDB, 5), (0xDB, 7), (0xDF, 4), (0xDF, 6)}  # FLD, FSTP, FBLD, FBSTP
 # XSAVES and XRSTORS are not for a user program.
 ENVIRONMENT = {"fnstenv", "fnsave", "fldenv", "frstor"}
 STATE = {"fxsave", "fxrstor", "xsave", "xsaveopt", "xsavec", "xrstor"}
@@ -37,7 +38,7 @@ def choose_state(generator: Generator, row: Row, e: Encoding, t: Template) -> No
     t.flags |= VECTOR | FPU
     if row.form == "mmx,DI":
         choose_masked_store(generator, e, t)
-    if row.name in STATE | ENVIRONMENT:
+    if row.name in STATE | ENVIRONMENT or (row.opcode, row.group) in EIGHTY_BITS:
         t.flags |= PARTS
     if row.name in STATE and e.memory:
         choose_area(generator, row, e, t)
@@ -46,7 +47,7 @@ def choose_state(generator: Generator, row: Row, e: Encoding, t: Template) -> No
 
 def choose_masked_store(generator: Generator, e: Encoding, t: Template) -> None:
     """None that faults: on AMD that leaves a state for MMX behind, ours faults before anything changes."""
-    if 0x2E in e.legacy or (e.bits == 32 and e.asize == 2):
+    if {0x2E, 0x64, 0x65} & set(e.legacy) or (e.bits == 32 and e.asize == 2):
         t.fixed = {}
     else:
         t.fixed[RDI] = generator.writable_address() - e.segment_base()

@@ -30,6 +30,27 @@ def test_host_and_core_agree(fuzzer: Fuzzer) -> None:
     assert len(fuzzer.covered) > 150
 
 
+@pytest.mark.spec("fpu.sse", "fpu.avx")
+@pytest.mark.parametrize("bits", [64, 32, 16])
+def test_vectors_agree(bits: int) -> None:
+    names = frozenset(row.name for row in table() if row.encodings)
+    fuzzer = Fuzzer(bits, names)
+    differences = [d for number in range(2 * BATCHES) for d in fuzzer.batch(SEED, number)]
+    assert not differences, "\n".join(map(str, differences[:10]))
+    assert len(fuzzer.covered) > len(names) * 0.9
+
+
+def test_every_difference_of_vectors_is_seen() -> None:
+    fuzzer = Fuzzer(64, frozenset({"addps"}))
+    assert not fuzzer.batch(SEED, 0)
+    image = fuzzer.emulated[VARIANTS].out.xsave
+    for at in (24, 160, 415, 576, 831):  # MXCSR, XMM0, XMM15, the upper halves of YMM0 and YMM15
+        image[at] ^= 1
+        assert differing(fuzzer) == VARIANTS, at
+        image[at] ^= 1
+    assert differing(fuzzer) == BATCH
+
+
 def test_every_difference_is_seen(fuzzer: Fuzzer) -> None:
     assert not fuzzer.batch(SEED, 0)
     result = fuzzer.emulated[VARIANTS]

@@ -36,6 +36,8 @@ OFFERED = {
         "INTEL386",
         "INTEL486",
         "X64",
+        *["SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2", "AES", "PCLMULQDQ", "SHA", "GFNI"],
+        *["AVX", "AVX2", "FMA", "F16C", "VAES", "VPCLMULQDQ"],
         "ADX",
         "BMI1",
         "BMI2",

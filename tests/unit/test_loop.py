@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pykvm.abi import ffi, lib
-from tests.guest.bare import CODE, CODE64, HANDLERS, STACK, Machine, gate
+from tests.guest.bare import CODE, CODE64, HANDLERS, PD, STACK, Machine, gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +94,27 @@ def test_deadline(m: Machine) -> None:
     start = time.perf_counter()
     assert lib.cpu_enter(m.cpu) == lib.EXIT_PREEMPTED
     assert time.perf_counter() - start < 0.005
+
+
+def test_long_repetition_is_preempted(m: Machine) -> None:
+    """It retires nothing for as long as it lasts; the registers say how far it got."""
+    long64(m, "rep lodsb; hlt")
+    m.set(rcx=1 << 40, rsi=0x20000)
+    m.write(PD + 8, 0x87)
+    m.ctl.deadline = lib.host_tsc() + 3_000_000
+    before = insns(m)
+    assert lib.cpu_enter(m.cpu) in {lib.EXIT_PREEMPTED, lib.EXIT_EPT_VIOLATION}
+    assert m.reg("rcx") + m.reg("rsi") == (1 << 40) + 0x20000
+    assert m.guest.rip == CODE
+    assert insns(m) == before
+
+
+def test_guest_that_only_faults_is_preempted(m: Machine) -> None:
+    """UD2 with a handler that is another UD2 retires nothing at all."""
+    m.real(CODE)
+    m.load(CODE, b"\x0f\x0b")
+    m.write(4 * UD, (CODE >> 4) << 16, 4)
+    assert lib.cpu_enter(m.cpu) == lib.EXIT_PREEMPTED
 
 
 def run_thread(m: Machine) -> tuple[threading.Thread, list[int]]:
@@ -439,6 +460,17 @@ def test_breakpoint_set_by_the_guest(m: Machine) -> None:
         "mov ecx, 100; l: nop; loop l; lea rax, [b]; mov dr0, rax; mov eax, 0x401; mov dr7, rax; b: nop; hlt",
     )
     assert where == [m.symbols["b"] - CODE] * 20
+
+
+@pytest.mark.spec("cpu.dr_breakpoints")
+def test_data_breakpoints(m: Machine) -> None:
+    """Traps behind the instruction; in code that has been running at full speed."""
+    warm = "mov ecx, 50; l: mov [0x20000], ecx; mov eax, [0x20004]; loop l"
+    enable = f"mov eax, 0x20004; mov dr1, rax; mov eax, {0x400 | 8 | 0xF << 20:#x}; mov dr7, rax"
+    use = "mov [0x20000], eax; mov [0x20006], al; b: mov al, [0x20004]; c: hlt"
+    where = trace_db(m, f"{warm}; {enable}; {use}")
+    assert where == [m.symbols["b"] - CODE, m.symbols["c"] - CODE]
+    assert m.guest.dr6 & 0xF == 2
 
 
 # ---- entries
