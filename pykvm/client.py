@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from errno import E2BIG, EBADF, EINTR
+from functools import reduce
 from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
 from pykvm import device as fake
@@ -415,32 +416,43 @@ def _enable_cap(fd: _Fd, cap: int, args: Sequence[int], flags: int) -> int:
 
 
 class State:
-    """A register struct of a vCPU as attributes.
+    """A register struct of a vCPU as attributes, nested ones too.
 
-    `vcpu.regs.rip` reads it, `vcpu.regs.rip = 0` sets it; `with vcpu.sregs as s:` reads once, lets
-    the body change the struct, and writes it back when the body ends well.
+    `vcpu.regs.rip` reads it, `vcpu.sregs.cs.base = 0` reads the whole, changes it and writes it
+    back; `with vcpu.sregs as s:` reads once, lets the body change the struct, and writes it back
+    when the body ends well.  Arrays read as tuples.
     """
 
-    __slots__ = ("_read", "_structs", "_write")
+    __slots__ = ("_path", "_read", "_structs", "_write")
 
-    def __init__(self, read: Callable[[], CData], write: Callable[[CData], object]) -> None:
-        """Make a view from a GET and a SET."""
+    def __init__(
+        self, read: Callable[[], CData], write: Callable[[CData], object], path: tuple[str, ...] = ()
+    ) -> None:
+        """Make a view from a GET and a SET; `path` leads to a member struct."""
         object.__setattr__(self, "_read", read)
         object.__setattr__(self, "_write", write)
+        object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_structs", [])
 
     def __getattr__(self, name: str) -> CData:
-        return getattr(self._read(), name)
+        struct = self._read()
+        value = getattr(reduce(getattr, self._path, struct), name)
+        if not isinstance(value, ffi.CData):
+            return value
+        # A member is no copy: it must not outlive the struct that was read for it.
+        if ffi.typeof(value).kind == "array":
+            return tuple(value)
+        return State(self._read, self._write, (*self._path, name))
 
     def __setattr__(self, name: str, value: object) -> None:
         struct = self._read()
-        setattr(struct, name, value)
+        setattr(reduce(getattr, self._path, struct), name, value)
         self._write(struct)
 
     def __enter__(self) -> CData:
         struct = self._read()
         self._structs.append(struct)
-        return struct
+        return reduce(getattr, self._path, struct)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -472,7 +484,7 @@ class Vcpu(_Fd):
         self._set(uapi.KVM_SET_REGS, regs)
 
     def get_sregs(self) -> CData:
-        """Return a new struct kvm_sregs."""
+        """Return a new struct kvm_sregs; keep it while you use a member struct of it."""
         return self._get(uapi.KVM_GET_SREGS, "kvm_sregs")
 
     def set_sregs(self, sregs: CData) -> None:

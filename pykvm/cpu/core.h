@@ -346,7 +346,7 @@ struct cpu {
     sigjmp_buf guard; /* host.c: where a SIGSEGV on guest memory comes back to */
 
     u8 fpu_where;             /* fpu.h: where the x87 and MMX state is */
-    u16 host_fcw;             /* x87 control word of the module, while the host FPU holds the guest's state */
+    u16 host_fcw;             /* x87 control word of the module */
 
     /* vector.c. While in guest mode MXCSR of the host thread is the guest's, all masked: nothing
      * else in the core may use SSE floating point. */
@@ -866,6 +866,7 @@ bool write_cr4(struct cpu *cpu, u64 v);
 u64 guest_tsc(struct cpu *cpu);
 
 /* x87.c: in guest mode the x87 state may live in the host's FPU. */
+void fpu_enter(struct cpu *cpu);
 void fpu_leave(struct cpu *cpu); /* back to guest.fpu: before anything outside x87.c, mmx.c looks at it */
 /* After a signal whose handler is not returned from; fxsave: the image in its frame. */
 void fpu_rescue(struct cpu *cpu, const void *fxsave);

@@ -597,6 +597,7 @@ static void begin(struct cpu *cpu)
     tlb_check(cpu);
     serialize(cpu);
     mxcsr_enter(cpu);
+    fpu_enter(cpu);
 }
 
 static int finish(struct cpu *cpu)

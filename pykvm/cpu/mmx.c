@@ -108,6 +108,18 @@ static ALWAYS_INLINE bool mmx_source(struct cpu *cpu, const struct insn *i, unsi
     return true;
 }
 
+/* The source, when that is simple. */
+static ALWAYS_INLINE bool mmx_fast_source(struct cpu *cpu, const struct insn *i, unsigned size,
+                                          u64 *v)
+{
+    if (cpu->fpu_where != FPU_MMX)
+        return false;
+    if (i->flags & I_MEM)
+        return size == 8 ? load64(cpu, i, true, v) : load32(cpu, i, true, v);
+    *v = mm(cpu, rm_of(i));
+    return true;
+}
+
 /* ---- dst = dst op src ------------------------------------------------------------------------------------ */
 
 static ALWAYS_INLINE __m128i vec(u64 v) { return _mm_cvtsi64_si128((s64)v); }
@@ -116,15 +128,29 @@ static ALWAYS_INLINE u64 low(__m128i v) { return (u64)_mm_cvtsi128_si64(v); }
 static ALWAYS_INLINE __m128i pair(__m128i a, __m128i b) { return _mm_unpacklo_epi64(a, b); }
 static ALWAYS_INLINE __m128i high(__m128i v) { return _mm_srli_si128(v, 8); }
 
+/* The usual case calls nothing and so has no frame: the rest is a tail call. */
 #define MMX_OP(attribute, name, size, expr)                                                        \
-    attribute int x_mmx_##name(struct cpu *cpu, const struct insn *i)                              \
+    attribute static ALWAYS_INLINE void do_##name(struct cpu *cpu, const struct insn *i,           \
+                                                  u64 source)                                      \
     {                                                                                              \
-        u64 source;                                                                                \
-        if (unlikely(!mmx_source(cpu, i, size, &source)))                                          \
-            return stop(cpu, i);                                                                   \
         const __m128i a = vec(mm(cpu, reg_of(i))), b = vec(source);                                \
         (void)a;                                                                                   \
         set_mm(cpu, reg_of(i), low(expr));                                                         \
+    }                                                                                              \
+    attribute static SLOW int name##_slow(struct cpu *cpu, const struct insn *i)                   \
+    {                                                                                              \
+        u64 source;                                                                                \
+        if (!mmx_source(cpu, i, size, &source))                                                    \
+            return stop(cpu, i);                                                                   \
+        do_##name(cpu, i, source);                                                                 \
+        NEXT(cpu, i);                                                                              \
+    }                                                                                              \
+    attribute int x_mmx_##name(struct cpu *cpu, const struct insn *i)                              \
+    {                                                                                              \
+        u64 source;                                                                                \
+        if (unlikely(!mmx_fast_source(cpu, i, size, &source)))                                     \
+            return name##_slow(cpu, i);                                                            \
+        do_##name(cpu, i, source);                                                                 \
         NEXT(cpu, i);                                                                              \
     }
 #define MMX2(name, expr) MMX_OP(, name, 8, expr)
@@ -139,6 +165,7 @@ MMX2(punpckhdq, high(_mm_unpacklo_epi32(a, b)))
 MMX2(packsswb, _mm_packs_epi16(pair(a, b), b))
 MMX2(packssdw, _mm_packs_epi32(pair(a, b), b))
 MMX2(packuswb, _mm_packus_epi16(pair(a, b), b))
+MMX2(movq, b)
 
 MMX2(pcmpgtb, _mm_cmpgt_epi8(a, b))
 MMX2(pcmpgtw, _mm_cmpgt_epi16(a, b))
@@ -313,21 +340,18 @@ int x_mmx_pmovmskb(struct cpu *cpu, const struct insn *i)
 
 /* ---- moves ------------------------------------------------------------------------------------------------------- */
 
-int x_mmx_movq(struct cpu *cpu, const struct insn *i)
+static SLOW int movntq_slow(struct cpu *cpu, const struct insn *i)
 {
-    u64 v;
-
-    if (unlikely(!mmx_source(cpu, i, 8, &v)))
+    if (!mmx_begin(cpu) || !store_operand(cpu, i, 8, peek_mm(cpu, reg_of(i))))
         return stop(cpu, i);
-    set_mm(cpu, reg_of(i), v);
+    mmx_commit(cpu);
     NEXT(cpu, i);
 }
 
 int x_mmx_movntq(struct cpu *cpu, const struct insn *i)
 {
-    if (!mmx_begin(cpu) || !store_operand(cpu, i, 8, peek_mm(cpu, reg_of(i))))
-        return stop(cpu, i);
-    mmx_commit(cpu);
+    if (unlikely(cpu->fpu_where != FPU_MMX || !store64(cpu, i, true, mm(cpu, reg_of(i)))))
+        return movntq_slow(cpu, i);
     NEXT(cpu, i);
 }
 

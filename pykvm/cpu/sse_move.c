@@ -21,7 +21,7 @@ static ALWAYS_INLINE void clear_upper(struct cpu *cpu, u16 reg)
 {
     set_quads((u8 *)VREG(cpu, reg) + 16, 0, 0);
 }
-#define QUAD(cpu, reg, n) (((u64_vec *)VREG(cpu, reg))[n])
+#define QUAD(cpu, reg, n) (((const u64_mem *)VREG(cpu, reg))[n])
 
 /* A store of what expr makes of the register: source() is where it lies in the register file. */
 #define STORE(name, size, align, source, ...)                                                      \

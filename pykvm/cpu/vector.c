@@ -161,6 +161,7 @@ static bool execute_unmasked(struct cpu *cpu, insn_fn fn, const struct insn *alo
     sigset_t blocked;
     bool completed;
 
+    fpu_leave(cpu); /* a signal handler that is not returned from would leave it reset */
     take_sigfpe(&blocked);
     completed = execute_trapping(cpu, fn, alone);
     __builtin_ia32_ldmxcsr(mxcsr_for_host(*mxcsr));

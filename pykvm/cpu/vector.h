@@ -28,8 +28,6 @@ struct vec {
     u8 b[32];
 } __attribute__((may_alias));
 
-typedef u64 __attribute__((may_alias, aligned(16))) u64_vec;
-
 /* A register by what decode put into insn.vd, va, vb. */
 #define VREG(cpu, off) ((void *)((u8 *)(cpu)->vmcs.guest.fpu.ymm + (off)))
 #define VEC(p) (*(struct vec *)(p))

@@ -149,7 +149,6 @@ static SLOW void load(struct cpu *cpu)
     image = (struct x87_image){.fcw = f->fcw, .fsw = f->fsw, .ftw = expand_tags(f->ftw, 0)};
     for (unsigned n = 0; n < 8; n++)
         memcpy(image.st[n], f->st[n], sizeof(image.st[n]));
-    cpu->host_fcw = host_fcw();
     __asm__ volatile("frstor %0" : : "m"(image));
     cpu->fpu_where = host_state_for(f->fcw);
 }
@@ -166,8 +165,6 @@ static SLOW void save(struct cpu *cpu)
     struct x87_image image;
 
     __asm__ volatile("fnsave %0" : "=m"(image));
-    if (cpu->host_fcw != FCW_INIT)
-        set_host_fcw(cpu->host_fcw);
     f->fsw = (u16)image.fsw;
     f->ftw = abridge_tags(image.ftw);
     memset(f->st, 0, sizeof(f->st));
@@ -182,10 +179,14 @@ void fpu_save(struct cpu *cpu)
         save(cpu);
 }
 
+void fpu_enter(struct cpu *cpu) { cpu->host_fcw = host_fcw(); }
+
 void fpu_leave(struct cpu *cpu)
 {
     fpu_save(cpu);
     cpu->fpu_where = FPU_MEMORY; /* the module may change anything */
+    if (host_fcw() != cpu->host_fcw) /* after FNSAVE, or a signal handler that was not returned from */
+        set_host_fcw(cpu->host_fcw);
 }
 
 void fpu_rescue(struct cpu *cpu, const void *fxsave)
@@ -200,7 +201,6 @@ void fpu_rescue(struct cpu *cpu, const void *fxsave)
     memset(f->st, 0, sizeof(f->st));
     for (unsigned n = 0; n < 8; n++)
         memcpy(f->st[n], image + 32 + 16 * n, 10);
-    set_host_fcw(cpu->host_fcw); /* the kernel reset the FPU for the signal handler */
     cpu->fpu_where = FPU_MEMORY;
 }
 

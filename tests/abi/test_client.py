@@ -112,6 +112,12 @@ def test_registers_as_attributes(vm: Vm) -> None:
         assert vcpu.regs.rbx == 0x1122334455667788
         vcpu.sregs.cr2 = 0x1234
         assert vcpu.sregs.cr2 == 0x1234
+        vcpu.sregs.ds.base = 0x5670
+        assert vcpu.sregs.ds.base == 0x5670
+        assert vcpu.sregs.interrupt_bitmap == (0, 0, 0, 0)
+        with vcpu.sregs.es as es:
+            es.base, es.selector = 0x10, 1
+        assert (vcpu.sregs.es.base, vcpu.sregs.es.selector) == (0x10, 1)
         with contextlib.suppress(ZeroDivisionError), vcpu.regs as regs:
             regs.rcx = 1
             regs.rdx = 1 // 0

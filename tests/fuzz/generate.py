@@ -83,7 +83,9 @@ class Row:
     @property
     def encodings(self) -> list[str]:
         """Of a vector instruction: those it has.  Of others: nothing."""
-        return sorted(ENCODINGS & self.flags)
+        if "legacy" in self.selectors:
+            return ["sse"]
+        return sorted((ENCODINGS - {"sse"} if "vex" in self.selectors else ENCODINGS) & self.flags)
 
     @property
     def is_gather(self) -> bool:
@@ -140,7 +142,7 @@ def is_generated(row: Row, host_features: frozenset[str], bits: int) -> bool:
         return False
     if row.name not in INTEGER_NAMES.get(row.form, {row.name}):
         return False
-    if row.selectors & ({"16/32"} if bits == 64 else {"64", "W1", "B1"}):
+    if row.selectors & ({"16/32"} if bits == 64 else {"64", "B1"} if row.encodings else {"64", "W1", "B1"}):
         return False
     if row.form not in FORMS_WITH_MODRM | FORMS_WITHOUT_MODRM or row.form == "far":
         return False

@@ -7,6 +7,7 @@ Source: SDM vol. 1 chapter 8, vol. 3 chapter 12 and table 9-3 (CR0.EM, MP, TS).
 from __future__ import annotations
 
 import ctypes
+import random
 import struct
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import pytest
 from pykvm.abi import ffi, lib
 from tests.guest.bare import CODE, Machine
 
-UD, NM, PF, MF = 6, 7, 14, 16
+UD, NM, PF, MF, XM = 6, 7, 14, 16, 19
 MP, EM, TS, NE = 2, 4, 8, 0x20
 DATA, NEXT_PAGE = 0x20000, 0x21000
 FCW_ALL, FCW_UNMASKED = 0x37F, 0x340
@@ -366,6 +367,35 @@ def test_memory_of_the_client_vanishes(m: Machine, source: str) -> None:
     assert st(m, 1 if source.startswith("fstp") else 2) == PI
 
 
+@pytest.mark.spec("fpu.x87", "fpu.sse")
+def test_unmasked_sse_exception_in_between(m: Machine) -> None:
+    """It is found out by a signal of the host's."""
+    start(m, "fldpi; fld1; ldmxcsr [0x20010]; divps xmm0, xmm1; hlt")
+    m.set(cr4=m.reg("cr4") | lib.X86_CR4_OSXMMEXCPT)
+    m.write(DATA + 0x10, 0x1F80 & ~0x200, 4)
+    m.guest.fpu.ymm[0] = struct.pack("<4f", 1, 1, 1, 1) + bytes(16)
+    m.run(lib.EXIT_HLT)
+    assert m.vector() == XM
+    assert (st(m, 0), st(m, 1), m.guest.fpu.ftw) == (ONE, PI, 0xC0)
+
+
+@pytest.mark.spec("fpu.x87")
+def test_control_word_of_the_client(m: Machine) -> None:
+    """Neither the guest's computations nor the way out change it."""
+    libm = ctypes.CDLL("libm.so.6")
+    start(m, "fldcw [0x20800]; fld1; hlt; nop; hlt")
+    default = libm.fegetround()
+    assert not libm.fesetround(0xC00)  # FE_TOWARDZERO
+    try:
+        m.run(lib.EXIT_HLT)
+        assert libm.fegetround() == 0xC00
+        m.run(lib.EXIT_HLT)
+        assert libm.fegetround() == 0xC00
+    finally:
+        assert not libm.fesetround(default)
+    assert st(m, 0) == ONE
+
+
 # ---- MMX
 
 
@@ -420,3 +450,52 @@ def test_cpuid_bits(m: Machine, word: str, bit: str, source: str) -> None:
     start(m, f"{source}; hlt", rbx=DATA)
     m.run(lib.EXIT_HLT)
     assert m.vector() == UD
+
+
+# ---- where the state is kept must not show
+
+
+def random_code(r: random.Random) -> bytes:
+    """x87 with and without operand at [rbx], MMX, FXSAVE and FXRSTOR at [rsi]."""
+    kind = r.random()
+    if kind < 0.4:
+        code = bytes([r.randrange(0xD8, 0xE0), r.randrange(0xC0, 0x100)])
+    elif kind < 0.7:
+        code = bytes([r.randrange(0xD8, 0xE0), r.randrange(8) << 3 | 3])
+    elif kind < 0.95:
+        code = bytes([0x0F, r.choice(MMX_OPCODES), r.choice([3, 0xC0]) | r.randrange(64) & 0x38])
+    else:
+        code = bytes([0x0F, 0xAE, r.randrange(2) << 3 | 6])
+    name = ffi.new("char[32]")
+    return code if lib.cpu_decode(code, len(code), 64, name, 32) == len(code) else random_code(r)
+
+
+MMX_OPCODES = [0x60, 0x6F, 0x77, 0x7F, 0xD5, 0xEF, 0xFC]
+
+
+@pytest.mark.spec("fpu.x87", "fpu.fxsave")
+@pytest.mark.parametrize("seed", range(40))
+def test_exits_between_instructions_do_not_show(m: Machine, seed: int) -> None:
+    """In guest mode the state is in the host's FPU, at every exit in memory."""
+    r = random.Random(seed)
+    code = b"".join(random_code(r) for _ in range(60)) + b"\xf4"
+    data = r.randbytes(16) + struct.pack("<H", r.choice([0x37F, 0x27F, 0xC7F, 0x37E]))
+
+    def run(*, stepping: bool) -> tuple[object, ...]:
+        start(m, "hlt")
+        m.load(CODE, code)
+        m.load(DATA, data + bytes(1024 - len(data)))
+        m.write(DATA + 0x200, FCW_ALL)
+        m.write(DATA + 0x218, 0x1F80)
+        m.ctl.flags = m.ctl.flags & ~lib.CPU_SINGLE_STEP | (lib.CPU_SINGLE_STEP if stepping else 0)
+        m.set(rbx=DATA, rsi=DATA + 0x200)
+        steps = 0
+        while m.run() == lib.EXIT_MTF:
+            steps += 1
+        assert m.exit.reason == lib.EXIT_HLT
+        assert (steps > 0) == stepping
+        m.guest.fpu.xinuse = 0
+        fpu = bytes(ffi.buffer(ffi.addressof(m.guest.fpu)))
+        return m.vector(), m.reg("rip"), m.reg("rax"), fpu, m.ram[DATA : DATA + 1024]
+
+    assert run(stepping=True) == run(stepping=False)

@@ -82,7 +82,7 @@ def unseen(seen: set[int]) -> list[str]:
     missing = []
     for name in vars(iced.Code):
         code: Any = getattr(iced.Code, name)
-        if not isinstance(code, int) or code in seen or not OpCodeInfo(code).is_instruction:
+        if not name.isupper() or code in seen or not OpCodeInfo(code).is_instruction:
             continue
         instruction = iced.Instruction()
         instruction.code = code
