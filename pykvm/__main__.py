@@ -15,6 +15,8 @@ from rich.table import Table
 import pykvm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pykvm.run import Result
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -24,6 +26,25 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 @click.version_option(pykvm.__version__, prog_name="pykvm")
 def main() -> None:
     """KVM without hardware: Linux's x86 KVM ioctl API in user space."""
+
+
+def _known_profile(_: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    from pykvm.kvm import profile
+
+    try:
+        if name is not None:
+            (profile.kernel if option.name == "kernel" else profile.processor)(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return name
+
+
+def personality(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --kernel and --cpu to a verb."""
+    for name, what in (("--cpu", "processor"), ("--kernel", "kernel")):
+        text = f"claim to be this {what}; see `pykvm profiles`"
+        command = click.option(name, metavar="NAME", callback=_known_profile, help=text)(command)
+    return command
 
 
 # ---- run ---------------------------------------------------------------------------------------------
@@ -36,6 +57,7 @@ def main() -> None:
 @click.option("--timeout", type=click.FloatRange(min=0), help="stop after so many seconds")
 @click.option("--device", help="use this real device, /dev/kvm, instead of the fake one")
 @click.option("--no-tdp", is_flag=True, help="shadow paging instead of two-dimensional paging")
+@personality
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
 def run(
     image: Path | None,
@@ -44,6 +66,8 @@ def run(
     timeout: float | None,
     device: str | None,
     no_tdp: bool,
+    kernel: str | None,
+    cpu: str | None,
     as_json: bool,
 ) -> None:
     """Boot IMAGE (ELF, boot sector or --rom) on one vCPU; without IMAGE the guest of the package.
@@ -51,13 +75,14 @@ def run(
     \b
     pykvm run
     pykvm run kernel.elf --memory 256
+    pykvm run --cpu epyc
     """
     from pykvm import run as machine
 
     write = (lambda _: None) if as_json else _write_console
     try:
         loaded = machine.load_image(image, rom=rom) if image else machine.default_image()
-        with pykvm.Kvm(device, tdp=not no_tdp) as kvm:
+        with pykvm.Kvm(device, tdp=not no_tdp, kernel=kernel, cpu=cpu) as kvm:
             result = machine.Machine(kvm, loaded, mib << 20, write).run(timeout)
     except machine.ImageError as error:
         raise click.ClickException(str(error)) from None
@@ -99,16 +124,20 @@ def _print_result(result: Result) -> None:
 @click.option(
     "--extension", "extensions", multiple=True, help="offer an extension of pykvm's, such as x86-osi"
 )
+@personality
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def exec_(extensions: tuple[str, ...], command: tuple[str, ...]) -> None:
+def exec_(
+    extensions: tuple[str, ...], kernel: str | None, cpu: str | None, command: tuple[str, ...]
+) -> None:
     """Run a program with /dev/kvm replaced by pykvm, in its own process.
 
     \b
     pykvm exec -- ./vmm --memory 128
+    pykvm exec --kernel 5.10 --cpu skylake -- ./vmm
     """
     from pykvm.preload import launcher
 
-    sys.exit(launcher.run(list(command), extensions=frozenset(extensions)))
+    sys.exit(launcher.run(list(command), extensions=frozenset(extensions), kernel=kernel, cpu=cpu))
 
 
 @main.command()
@@ -144,15 +173,37 @@ def ioctls(markdown: bool) -> None:
 
 @main.command()
 @click.option("--device", help="ask this real device, /dev/kvm, instead of the fake one")
-def caps(device: str | None) -> None:
+@personality
+def caps(device: str | None, kernel: str | None, cpu: str | None) -> None:
     """List the capabilities that are there, with their values."""
     from pykvm.abi import capabilities
 
-    with pykvm.Kvm(device) as kvm:
+    with pykvm.Kvm(device, kernel=kernel, cpu=cpu) as kvm:
         for name, number in sorted(capabilities().items(), key=lambda item: item[1]):
             value = kvm.check_extension(number)
             if value:
                 click.echo(f"{number:4}  {name:44} {value:#x}")
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="as the tables in the documentation")
+def profiles(markdown: bool) -> None:
+    """List the kernels and processors that the fake device can claim to be.
+
+    \b
+    pykvm profiles
+    pykvm run --kernel 5.10 --cpu milan
+    """
+    from pykvm import doc
+
+    for option, head, rows in (
+        ("--kernel", doc.KERNEL_HEAD, doc.kernel_rows()),
+        ("--cpu", doc.CPU_HEAD, doc.cpu_rows()),
+    ):
+        if markdown:
+            click.echo(doc.markdown(rows, head))
+        else:
+            click.echo(doc.text((option, row[0], row[-1]) for row in rows), nl=False)
 
 
 @main.command()

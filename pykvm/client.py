@@ -226,17 +226,27 @@ class _Fd:
 class Kvm(_Fd):
     """/dev/kvm: pykvm's own by default, the kernel's when `device` names it.
 
-    `extensions` are pykvm's (for example "x86-osi"), and `tdp` off chooses shadow paging; both need
-    the fake device.
+    `extensions` are pykvm's (for example "x86-osi"), `kernel` and `cpu` say what it claims to be ("5.10",
+    "epyc"; see `pykvm profiles`), and `tdp` off chooses shadow paging; all need the fake device.
     """
 
     def __init__(
-        self, device: str | None = None, *, extensions: Iterable[str] = (), tdp: bool = True
+        self,
+        device: str | None = None,
+        *,
+        extensions: Iterable[str] = (),
+        kernel: str | None = None,
+        cpu: str | None = None,
+        tdp: bool = True,
     ) -> None:
-        """Open the device."""
+        """Open the device.
+
+        Errors:
+            ValueError  an extension, a kernel or a processor that pykvm does not have
+        """
         if device is None:
             options = frozenset(extensions) | (frozenset() if tdp else {"no-tdp"})
-            fd = fake.open(extensions=options)
+            fd = fake.open(extensions=options, kernel=kernel, cpu=cpu)
             super().__init__(fd, _fake_ioctl)
         else:
             super().__init__(os.open(device, os.O_RDWR | os.O_CLOEXEC), _real_ioctl)

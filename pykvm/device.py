@@ -9,7 +9,7 @@ import io
 import os
 import threading
 from errno import EINVAL, ENOENT
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
 from pykvm.abi import ffi
@@ -49,12 +49,18 @@ def is_device(path: object) -> bool:
 
 
 def open(  # noqa: A001  as os.open
-    path: Path = DEVICE, flags: int = os.O_RDWR | os.O_CLOEXEC, *, extensions: Iterable[str] = ()
+    path: Path = DEVICE,
+    flags: int = os.O_RDWR | os.O_CLOEXEC,
+    *,
+    extensions: Iterable[str] = (),
+    kernel: str | None = None,
+    cpu: str | None = None,
 ) -> int:
     """Open the fake KVM device and return a file descriptor that the caller owns.
 
     path: must name /dev/kvm; there may be none.  flags: O_CLOEXEC counts; access modes do not, as
     on the real device.  extensions: what pykvm adds to x86 KVM when asked to, such as "x86-osi".
+    kernel, cpu: what the device claims to be, such as "5.10" and "skylake"; see `pykvm profiles`.
 
     Errors:
         ENOENT  another path
@@ -62,7 +68,8 @@ def open(  # noqa: A001  as os.open
     """
     if not is_device(path):
         raise KvmError(ENOENT, f"{os.fsdecode(path)} is not {DEVICE}")
-    return System(frozenset(extensions)).open(cloexec=bool(flags & os.O_CLOEXEC))
+    system = System(extensions, kernel=kernel, cpu=cpu)
+    return system.open(cloexec=bool(flags & os.O_CLOEXEC))
 
 
 def ioctl(fd: FileDescriptor, request: int, arg: Any = 0, mutate_flag: bool = True) -> int | bytes:
@@ -147,12 +154,20 @@ _real_os_open = os.open
 _real_ioctl = fcntl.ioctl
 
 
+class _Options(TypedDict):
+    """Keyword arguments of `open`."""
+
+    extensions: frozenset[str]
+    kernel: str | None
+    cpu: str | None
+
+
 class _Installed:
-    """How often `installed` is entered, and with which extensions last."""
+    """How often `installed` is entered, and with which options last."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.options: list[frozenset[str]] = []
+        self.options: list[_Options] = []
 
 
 _installed = _Installed()
@@ -161,14 +176,14 @@ _installed = _Installed()
 def _fake_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
     if is_device(path):
         # os.open makes descriptors that are not inherited, whatever the flags.
-        return open(path, flags | os.O_CLOEXEC, extensions=_installed.options[-1])
+        return open(path, flags | os.O_CLOEXEC, **_installed.options[-1])
     return _real_os_open(path, flags, mode, dir_fd=dir_fd)
 
 
 def _fake_open(file: Any, *args: Any, **kwargs: Any) -> Any:
     if not is_device(file):
         return _real_open(file, *args, **kwargs)
-    return _real_open(open(file, extensions=_installed.options[-1]), *args, **kwargs)
+    return _real_open(open(file, **_installed.options[-1]), *args, **kwargs)
 
 
 def _fake_ioctl(fd: Any, request: int, arg: Any = 0, mutate_flag: bool = True, /) -> Any:
@@ -179,16 +194,19 @@ def _fake_ioctl(fd: Any, request: int, arg: Any = 0, mutate_flag: bool = True, /
 
 
 @contextlib.contextmanager
-def installed(*, extensions: Iterable[str] = ()) -> Iterator[None]:
+def installed(
+    *, extensions: Iterable[str] = (), kernel: str | None = None, cpu: str | None = None
+) -> Iterator[None]:
     """Have os.open, open and fcntl.ioctl of the whole process use pykvm for /dev/kvm meanwhile.
 
     For Python code that knows nothing of pykvm.  It must call them as attributes of their modules:
     a function imported by ``from fcntl import ioctl`` before stays what it was.  All threads are
-    concerned; descriptors stay valid afterwards with `pykvm.ioctl`.
+    concerned; descriptors stay valid afterwards with `pykvm.ioctl`.  Options: see `open`.
     """
-    System(frozenset(extensions))  # a wrong extension fails here, not at some later open
+    options = _Options(extensions=frozenset(extensions), kernel=kernel, cpu=cpu)
+    System(**options)  # a wrong name fails here, not at some later open
     with _installed.lock:
-        _installed.options.append(frozenset(extensions))
+        _installed.options.append(options)
         if len(_installed.options) == 1:
             _patch(_fake_os_open, _fake_open, _fake_ioctl)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 HEAD = ("ioctl", "number", "fd", "argument", "capability", "errors", "status")
-INSN_HEAD = ("map", "opcode", "name", "operands")
+INSN_HEAD = ("opcode", "name", "operands", "notes")
+_MAPS = {"0f", "0f38", "0f3a"}
+_SELECTORS = re.compile(r"/\d|66|64|f2|f3|np|mem|reg|rm\d|[WLB][01]|code\d+")
+KERNEL_HEAD = ("kernel", "ioctls", "capabilities", "memslots", "vCPUs", "CPUID entries", "PV leaf", "what it is")
+CPU_HEAD = ("processor", "vendor", "family, model, stepping", "bits", "features", "paging", "what it is")
 
 
 def cells(row: Ioctl) -> tuple[str, ...]:
@@ -20,6 +25,8 @@ def cells(row: Ioctl) -> tuple[str, ...]:
     argument = (row.form.ctype() if row.form else None) or ""
     errors = "" if row.absent else ", ".join(row.errors)
     status = f"no ({next(iter(row.errors))}): {row.doc}" if row.absent else "yes"
+    if row.removed:
+        status = f"removed in {row.removed}: with an older kernel's profile only"
     return (
         row.name,
         f"{row.request:#010x}",
@@ -40,11 +47,19 @@ def insn_rows() -> list[tuple[str, ...]]:
     """Return the table of instructions that the processor decodes."""
     found = []
     number = 0
-    while text := lib.cpu_insn_row(number):
-        cells_ = ffi.string(text).decode().split(maxsplit=len(INSN_HEAD) - 1)
-        found.append((*cells_, "", "", "")[: len(INSN_HEAD)])
+    while line := lib.cpu_insn_row(number):
+        found.append(_insn_cells(ffi.string(line).decode().split()))
         number += 1
     return found
+
+
+def _insn_cells(words: list[str]) -> tuple[str, ...]:
+    """Split "0f 11 66 movupd W,V sse": map, opcode and selectors, the name, operands, and the rest."""
+    at = 2 if words[0] in _MAPS else 1
+    while _SELECTORS.fullmatch(words[at]):
+        at += 1
+    operands = words[at + 1] if len(words) > at + 1 else ""
+    return " ".join(words[:at]), words[at], operands, " ".join(words[at + 2 :])
 
 
 def markdown(lines: Iterable[tuple[str, ...]], head: tuple[str, ...]) -> str:
@@ -85,10 +100,10 @@ def insns_text() -> str:
 
 def summary() -> str:
     """Return how much of the API there is, in one line of Markdown."""
-    offered = [row for row in rows() if not row.absent]
-    absent = [row for row in rows() if row.absent]
+    offered = [row for row in rows() if not row.absent and not row.removed]
+    absent = [row for row in rows() if row.absent or row.removed]
     kinds = ", ".join(f"{sum(r.kind == kind for r in offered)} {kind}" for kind in ("system", "vm", "vcpu"))
-    insns = len({row[2] for row in insn_rows()})
+    insns = len({row[1] for row in insn_rows()})
     return (
         f"{len(offered)} ioctls are offered ({kinds}), {len(absent)} declared absent with a reason; "
         f"the processor decodes {insns} instructions.\n"

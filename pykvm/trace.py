@@ -5,32 +5,47 @@ A tracepoint that is off costs its caller one attribute test::
 
     if trace.kvm_exit.enabled:
         trace.kvm_exit(vcpu=vcpu.id, reason="HLT", rip=rip)
+
+`listen` gives the events to a function instead of writing them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 
 class Tracepoint:
-    """One kind of event; calling it writes a line."""
+    """One kind of event; calling it writes a line, or tells who listens."""
 
-    __slots__ = ("enabled", "format", "name")
+    __slots__ = ("enabled", "format", "listeners", "name", "written")
 
     def __init__(self, name: str, text: str) -> None:
         """Make a tracepoint whose fields are shown as the format string `text` says."""
         self.name = name
         self.format = text
         self.enabled = False
+        self.written = False
+        self.listeners: tuple[Callable[[str, Mapping[str, object]], None], ...] = ()
 
     def __call__(self, **fields: object) -> None:
-        """Write the event with its fields."""
-        _write(self.name, self.format.format(**fields))
+        """Write the event with its fields, and tell who listens."""
+        if self.written:
+            _write(self.name, self.format.format(**fields))
+        for listener in self.listeners:
+            listener(self.name, fields)
+
+    def update(self) -> None:
+        """Set `enabled` by what follows from it."""
+        self.enabled = self.written or bool(self.listeners)
 
 
 _output: TextIO | None = None
@@ -49,7 +64,23 @@ kvm_hypercall = Tracepoint("kvm_hypercall", "nr {nr:#x} a0 {a0:#x} a1 {a1:#x} a2
 kvm_inj_virq = Tracepoint("kvm_inj_virq", "IRQ {vector:#x}")
 kvm_inj_exception = Tracepoint("kvm_inj_exception", "{vector} (error code {error_code:#x})")
 kvm_page_fault = Tracepoint("kvm_page_fault", "vcpu {vcpu} address {gpa:#018x} error_code {error_code:#x}")
-kvm_mmu_zap = Tracepoint("kvm_mmu_zap", "gfn {start:#x} - {end:#x}")
+# arch/x86/kvm/mmu/mmutrace.h; `role` is shown as there by whoever calls.
+kvm_mmu_pagetable_walk = Tracepoint("kvm_mmu_pagetable_walk", "addr {addr:x} pferr {pferr:x}")
+kvm_mmu_paging_element = Tracepoint("kvm_mmu_paging_element", "pte {pte:x} level {level}")
+kvm_mmu_set_accessed_bit = Tracepoint("kvm_mmu_set_accessed_bit", "gpa {gpa:x}")
+kvm_mmu_set_dirty_bit = Tracepoint("kvm_mmu_set_dirty_bit", "gpa {gpa:x}")
+kvm_mmu_walker_error = Tracepoint("kvm_mmu_walker_error", "pferr {pferr:x}")
+kvm_mmu_get_page = Tracepoint("kvm_mmu_get_page", "gfn {gfn:x} {role} {state}")
+kvm_mmu_sync_page = Tracepoint("kvm_mmu_sync_page", "gfn {gfn:x} {role} root {root_count}")
+kvm_mmu_unsync_page = Tracepoint("kvm_mmu_unsync_page", "gfn {gfn:x} {role} root {root_count}")
+kvm_mmu_prepare_zap_page = Tracepoint("kvm_mmu_prepare_zap_page", "gfn {gfn:x} {role} root {root_count}")
+kvm_mmu_zap_all_fast = Tracepoint("kvm_mmu_zap_all_fast", "mmu_valid_gen {gen} used pages {pages}")
+kvm_mmu_set_spte = Tracepoint("kvm_mmu_set_spte", "gfn {gfn:x} spte {spte:x} level {level} at {sptep:x}")
+kvm_mmu_spte_requested = Tracepoint("kvm_mmu_spte_requested", "gfn {gfn:x} hva {hva:x} level {level}")
+mark_mmio_spte = Tracepoint("mark_mmio_spte", "sptep:{sptep:x} gfn {gfn:x} access {access:x} gen {gen:x}")
+handle_mmio_page_fault = Tracepoint("handle_mmio_page_fault", "addr:{addr:x} gfn {gfn:x} access {access:x}")
+check_mmio_spte = Tracepoint("check_mmio_spte", "spte {spte:x} kvm_gen {gen:x} valid {valid}")
+fast_page_fault = Tracepoint("fast_page_fault", "vcpu {vcpu} gva {addr:x} old {old:#x} new {new:x} fixed {fixed}")
 # The one the kernel does not have: every call with its answer, and why it was refused.
 kvm_ioctl = Tracepoint("kvm_ioctl", "fd {fd} {kind} {name} arg {arg:#x} = {result}")
 
@@ -70,7 +101,26 @@ def enable(names: str, output: TextIO | None = None) -> None:
         raise ValueError(message)
     _output = output
     for point in TRACEPOINTS.values():
-        point.enabled = point.name in wanted
+        point.written = point.name in wanted
+        point.update()
+
+
+@contextlib.contextmanager
+def listen(names: str, listener: Callable[[str, Mapping[str, object]], None]) -> Iterator[None]:
+    """Call `listener(name, fields)` for the events of these tracepoints, in the thread they happen in.
+
+    names: a comma-separated list, or "all".
+    """
+    points = [p for p in TRACEPOINTS.values() if names == "all" or p.name in names.replace(" ", "").split(",")]
+    for point in points:
+        point.listeners += (listener,)
+        point.update()
+    try:
+        yield
+    finally:
+        for point in points:
+            point.listeners = tuple(each for each in point.listeners if each is not listener)
+            point.update()
 
 
 def _write(name: str, text: str) -> None:

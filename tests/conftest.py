@@ -14,8 +14,9 @@ NewMachine = Callable[..., Machine]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --real."""
+    """Add --real and --tcg."""
     parser.addoption("--real", action="store_true", help="also test the real /dev/kvm, as the reference")
+    parser.addoption("--tcg", action="store_true", help="compare guests with QEMU's TCG (tests/guest)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

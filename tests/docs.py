@@ -15,6 +15,7 @@ def parts() -> dict[str, tuple[str, str]]:
     return {
         "docs/ioctls.md": ("ioctls", doc.markdown(doc.ioctl_rows(), doc.HEAD)),
         "docs/insns.md": ("insns", doc.markdown(doc.insn_rows(), doc.INSN_HEAD)),
+        "docs/profiles.md": ("profiles", doc.profiles()),
         "README.md": ("status", doc.summary()),
     }
 

@@ -51,10 +51,11 @@ class Backend:
 class Machine:
     """One vCPU, 64 KiB of memory at 0, real mode with flat segments once `start` was called."""
 
-    def __init__(self, backend: Backend, *, extensions: tuple[str, ...] = (), vcpu_id: int = 0) -> None:
+    def __init__(self, backend: Backend, *, vcpu_id: int = 0, **options: Any) -> None:
+        """`options`: those of pykvm.open."""
         self.backend = backend
         self._stack = contextlib.ExitStack()
-        self.kvm = self._fd(backend.open(extensions=extensions) if extensions else backend.open())
+        self.kvm = self._fd(backend.open(**options))
         self.vm = self._fd(backend.ioctl(self.kvm, uapi.KVM_CREATE_VM))
         self.memories: list[mmap.mmap] = []
         self.ram = self.add_slot(0, 0, RAM)

@@ -135,6 +135,11 @@ struct cpu_event {
 #define SPTE_PS 0x80
 #define SPTE_A 0x100
 #define SPTE_D 0x200
+/* Of leaves. ROM: the frame is in a read-only slot; A and D of guest tables in it are left as they are.
+ * GUEST_USER (shadow mode): to the guest this is a user page although SPTE_U is clear, so that SMEP
+ * and SMAP look at it. */
+#define SPTE_ROM 0x400
+#define SPTE_GUEST_USER 0x800
 #define SPTE_PFN 0x000ffffffffff000
 /* Bits 52..62 belong to the module.  R=0 W=1 X=1 marks MMIO (an EPT misconfiguration, as
  * KVM does it): bits 12..51 are then the gfn and bits 52..62 with 3..10 a generation;
@@ -201,8 +206,10 @@ struct cpu_ctl {
     /* Writes the module wants to see although the frame is mapped read-only (READONLY slot,
      * write-protected guest page table): writes to this gfn become MMIO writes for the one
      * next instruction.  ~0: none.  A/D updates of guest page tables in it are left out.
-     * Shadow mode: emulate_gla says which linear page (exit.gla) maps it. */
+     * Shadow mode: emulate_gla says which linear page (exit.gla) maps it.  The second pair is for an
+     * instruction that writes to two such pages. */
     uint64_t emulate_gfn, emulate_gla;
+    uint64_t emulate_gfn2, emulate_gla2;
     uint64_t cr0_valid, cr4_valid, efer_valid; /* bits the guest may set; others #GP */
     uint32_t cpuid[CPU_NR_CPUID];
     uint64_t xcr0_valid;
@@ -240,8 +247,8 @@ enum cpu_exit_reason {
     EXIT_MMIO_READ,     /* at; exit.mmio[0].gpa/len wanted */
     EXIT_MMIO_WRITE,    /* after; exit.mmio[0..mmio_count-1] written */
     EXIT_EPT_VIOLATION, /* at; gpa, gla, qualification CPU_EPT_* */
-    EXIT_PAGE_FAULT,    /* at; shadow mode only: gla, error_code as of #PF */
-    EXIT_CR_ACCESS,     /* after (trap-like); qualification = CR number */
+    EXIT_PAGE_FAULT,    /* at; shadow mode only: gla, error_code as of #PF, with CPU_PF_IMPLICIT */
+    EXIT_CR_ACCESS,     /* after (trap-like); qualification = CR number, gla = what it was before */
     EXIT_INVLPG,        /* after; gla; qualification 0 = INVLPG, 1 + type for INVPCID */
     EXIT_DR_ACCESS,     /* at; qualification = DR number | write << 4 | gpr << 8 */
     EXIT_MTF,           /* after one instruction with CPU_SINGLE_STEP */
@@ -265,6 +272,9 @@ enum cpu_exit_reason {
 #define CPU_EPT_X 0x20
 #define CPU_EPT_GLA_VALID 0x80
 #define CPU_EPT_GLA_FINAL 0x100 /* clear: the access was to a guest paging-structure entry */
+
+/* error_code of EXIT_PAGE_FAULT: an implicit supervisor access, which EFLAGS.AC does not help */
+#define CPU_PF_IMPLICIT 0x80000000
 
 struct cpu_exit_io {
     uint16_t port;
@@ -297,6 +307,7 @@ struct cpu_exit {
 struct cpu_stats {
     uint64_t insns;       /* retired */
     uint64_t blocks_built, blocks_flushed, tlb_fills, tlb_flushes, smc, walks;
+    uint64_t exits[32]; /* of cpu_enter(), by enum cpu_exit_reason */
 };
 
 struct vmcs {
@@ -364,8 +375,20 @@ int spte_cmpxchg(uint64_t *sptep, uint64_t old_spte, uint64_t new_spte);
 uint64_t *spt_alloc(void);
 void spt_free(uint64_t *spt);
 
+/* Clears `bits` in the entries of a table that `mask` (512 bits) names; all they were, ORed. */
+uint64_t spt_clear_bits(uint64_t *spt, const uint64_t *mask, uint64_t bits);
+
 /* 1 when [hva, hva+len) can be read (write=0) or written (write=1) by this process. */
 int host_probe(uint64_t hva, uint64_t len, int write);
+/* 1 when nothing in [hva, hva+len) is unmapped; says nothing about rights, and touches nothing. */
+int host_mapped(uint64_t hva, uint64_t len);
+/* 1 when the page is in memory already: reading it would not have to wait. */
+int host_resident(uint64_t hva);
+/* An entry of a guest page table for the module; the memory may vanish at any time.  size is 4 or 8,
+ * hva aligned to it.  gpte_read: 1, or 0 when nothing is there.  gpte_cmpxchg: 1 when exchanged, 0 when
+ * it was another, -1 when nothing writable is there. */
+int gpte_read(uint64_t hva, uint64_t *gpte, int size);
+int gpte_cmpxchg(uint64_t hva, uint64_t old_gpte, uint64_t new_gpte, int size);
 uint64_t host_tsc(void);
 
 /* The bits of ctl.cpuid[word] that this host lets the guest have: vector instructions are

@@ -307,6 +307,8 @@ class Ioctl:
     # the docstring's first line; for an absent row the reason
     doc: str
     absent: bool = False
+    # the version of Linux that no longer had it: only older kernels' profiles offer it
+    removed: str | None = None
 
     @property
     def module(self) -> str:
@@ -398,7 +400,9 @@ def _add(row: Ioctl) -> None:
     REGISTRY[key] = row
 
 
-def _decorator(kind: str, name: str, form: Form, *, cap: str | None, user: bool) -> Callable[[F], F]:
+def _decorator(
+    kind: str, name: str, form: Form, *, cap: str | None, user: bool, removed: str | None = None
+) -> Callable[[F], F]:
     request = _request(name)
     _check_cap(name, cap)
     _check_size(name, request, form)
@@ -406,7 +410,8 @@ def _decorator(kind: str, name: str, form: Form, *, cap: str | None, user: bool)
     def register(func: F) -> F:
         docs = parse_docstring(f"{func.__module__}.{func.__name__}", func.__doc__)
         entry = form.bind(func, user=user)
-        _add(Ioctl(name, kind, request, form, cap, func, entry, docs.errors, docs.source, docs.doc))
+        errors, source, doc = docs.errors, docs.source, docs.doc
+        _add(Ioctl(name, kind, request, form, cap, func, entry, errors, source, doc, removed=removed))
         return func
 
     return register
@@ -417,9 +422,11 @@ def system_ioctl(name: str, form: Form, *, cap: str | None = None, user: bool = 
     return _decorator("system", name, form, cap=cap, user=user)
 
 
-def vm_ioctl(name: str, form: Form, *, cap: str | None = None, user: bool = False) -> Callable[[F], F]:
-    """Register the handler of a request on a VM descriptor."""
-    return _decorator("vm", name, form, cap=cap, user=user)
+def vm_ioctl(
+    name: str, form: Form, *, cap: str | None = None, user: bool = False, removed: str | None = None
+) -> Callable[[F], F]:
+    """Register the handler of a request on a VM descriptor; `removed`: from Linux, in this version."""
+    return _decorator("vm", name, form, cap=cap, user=user, removed=removed)
 
 
 def vcpu_ioctl(name: str, form: Form, *, cap: str | None = None, user: bool = False) -> Callable[[F], F]:

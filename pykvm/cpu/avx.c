@@ -10,7 +10,7 @@
 #define SOURCE VREG(cpu, i->vb)
 #define DEST VREG(cpu, i->vd)
 
-/* ---- broadcasts -------------------------------------------------------------------------------- */
+/* ---- broadcasts ------------------------------------------------------------------------------ */
 
 #define BROADCAST_256(name, size) V_VEX256_UNARY(name, #name, size)
 #define BROADCAST(name, size)                                                                      \
@@ -24,7 +24,7 @@ BROADCAST_256(vbroadcastsd, 8) V_VEX_256(vbroadcastsd)
 BROADCAST_256(vbroadcastf128, 16)
 const struct body b_vbroadcastf128 = {{[K_RM] = {NULL, NULL, vbroadcastf128_y_rm}}};
 
-/* ---- permutations and blends ---------------------------------------------------------------------- */
+/* ---- permutations and blends ----------------------------------------------------------------- */
 
 V_VEX_BINARY(vpermilps) V_VEX_BINARY(vpermilpd)
 V_VEX256_BINARY(vpermd, "vpermd", 32) V_VEX_256(vpermd)
@@ -51,12 +51,12 @@ V_VEX_BINARY_IMM(vpblendd)
     V_VEX_256(name)
 HALVES_IMM(vperm2f128) HALVES_IMM(vperm2i128)
 
-/* ---- variable shifts ------------------------------------------------------------------------------- */
+/* ---- variable shifts ------------------------------------------------------------------------- */
 
 V_VEX_BINARY(vpsllvd) V_VEX_BINARY(vpsllvq) V_VEX_BINARY(vpsrlvd) V_VEX_BINARY(vpsrlvq)
 V_VEX_BINARY(vpsravd)
 
-/* ---- halves ------------------------------------------------------------------------------------------ */
+/* ---- halves ---------------------------------------------------------------------------------- */
 
 V_PAIR(vinsertf128_y, 16, 1, {
     if (i->imm8 & 1)
@@ -91,7 +91,7 @@ const struct body b_vextractf128 = {{
     [K_RR] = {NULL, NULL, vextractf128_rr}, [K_MR] = {NULL, NULL, vextractf128_mr},
 }};
 
-/* ---- masked moves ---------------------------------------------------------------------------------------
+/* ---- masked moves -------------------------------------------------------------------------------
  *
  * An element whose mask bit is clear is not there: it cannot fault.  When everything is in one
  * page that is at hand the host does it, else it is done by elements.
@@ -189,7 +189,7 @@ static SLOW int masked_store_slow(struct cpu *cpu, const struct insn *i, unsigne
     }};
 MASKED(vmaskmovps, 4) MASKED(vmaskmovpd, 8)
 
-/* ---- gathers ------------------------------------------------------------------------------------------------
+/* ---- gathers ------------------------------------------------------------------------------------
  *
  * Element by element.  When one faults, those before it are done and their mask is cleared, so
  * that the instruction goes on there (SDM vol. 2, VGATHERDPS); an exit starts it again.
@@ -242,9 +242,9 @@ static ALWAYS_INLINE int gather(struct cpu *cpu, const struct insn *i, unsigned 
 /* vgatherdps and so on are the same */
 GATHER(vpgatherdd, 4, 4) GATHER(vpgatherdq, 8, 4) GATHER(vpgatherqd, 4, 8) GATHER(vpgatherqq, 8, 8)
 
-/* ---- VZEROUPPER, VZEROALL -------------------------------------------------------------------------------------- */
+/* ---- VZEROUPPER, VZEROALL -------------------------------------------------------------------- */
 
-static ALWAYS_INLINE unsigned nr_registers(const struct cpu *cpu) { return is_code64(cpu) ? 16 : 8; }
+static unsigned nr_registers(const struct cpu *cpu) { return is_code64(cpu) ? 16 : 8; }
 
 HANDLER(vzeroupper)
 {

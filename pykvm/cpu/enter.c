@@ -146,7 +146,7 @@ static void drop_answers(struct cpu *cpu)
 {
     cpu->mmio_pos = 0;
     CTL(cpu).mmio_count = 0;
-    CTL(cpu).emulate_gfn = NO_GFN;
+    CTL(cpu).emulate_gfn = CTL(cpu).emulate_gfn2 = NO_GFN;
 }
 
 /* Traps, shadows and answers, when instruction i (or an iteration of it) is done. */
@@ -497,7 +497,10 @@ static bool inject(struct cpu *cpu)
 
 static void run(struct cpu *cpu)
 {
-    bool go_on = inject(cpu);
+    bool go_on;
+
+    do_flushes(cpu); /* nobody waited for those that were asked for while we were out */
+    go_on = inject(cpu);
 
     if (go_on && (CTL(cpu).mmio_count || CTL(cpu).emulate_gfn != NO_GFN))
         go_on = step_one(cpu);
@@ -591,7 +594,7 @@ static void begin(struct cpu *cpu)
     cpu->rf = 0;
     cpu->mtf = cpu->mtf && CTL(cpu).flags & CPU_SINGLE_STEP;
     cpu->preempt_at = CTL(cpu).deadline ? CTL(cpu).deadline : now + DEADLINE_TICKS;
-    cpu->check_at = now + SIGNAL_TICKS;
+    /* check_at stays: a guest that does nothing but exit must notice signals, too */
     cpu->insn_end = CTL(cpu).insn_budget ? cpu->vmcs.stats.insns + CTL(cpu).insn_budget : ~0ull;
     begin_slice(cpu);
     tlb_check(cpu);
@@ -637,6 +640,7 @@ int cpu_enter(struct cpu *cpu)
     else
         run(cpu);
     host_guard_leave(cpu);
+    cpu->vmcs.stats.exits[EXIT(cpu).reason]++;
     return finish(cpu);
 }
 

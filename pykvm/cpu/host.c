@@ -119,7 +119,14 @@ bool host_store(struct cpu *cpu, uintptr_t hva, const void *src, unsigned size)
     return likely(ok) || host_fault(cpu);
 }
 
-bool host_cmpxchg(struct cpu *cpu, uintptr_t hva, u64 *old, u64 val, unsigned size)
+/* The page may be gone, too, but no instruction of the guest's is under way. */
+int gpte_read(u64 hva, u64 *gpte, int size)
+{
+    *gpte = 0;
+    return size == 4 ? try_load32(gpte, hva) : try_load64(gpte, hva);
+}
+
+static bool try_cmpxchg(uintptr_t hva, u64 *old, u64 val, unsigned size)
 {
     u64 expected = *old;
     u32 failed;
@@ -134,7 +141,20 @@ bool host_cmpxchg(struct cpu *cpu, uintptr_t hva, u64 *old, u64 val, unsigned si
                          : [val] "r"(val), [hva] "r"(hva)
                          : "memory", "cc");
     *old = size == 4 ? (u32)expected : expected;
-    return likely(!failed) || host_fault(cpu);
+    return !failed;
+}
+
+bool host_cmpxchg(struct cpu *cpu, uintptr_t hva, u64 *old, u64 val, unsigned size)
+{
+    return likely(try_cmpxchg(hva, old, val, size)) || host_fault(cpu);
+}
+
+int gpte_cmpxchg(u64 hva, u64 old_gpte, u64 new_gpte, int size)
+{
+    u64 found = old_gpte;
+    if (!try_cmpxchg(hva, &found, new_gpte, (unsigned)size))
+        return -1;
+    return found == old_gpte;
 }
 
 /* ---- SIGSEGV and SIGBUS ----------------------------------------------------------------------
@@ -365,6 +385,22 @@ int host_probe(u64 hva, u64 len, int write)
     return 1;
 }
 
+int host_mapped(u64 hva, u64 len)
+{
+    u64 start = hva & PAGE_MASK, end = (hva + len + PAGE_SIZE - 1) & PAGE_MASK;
+
+    if (hva + len < hva || end < start)
+        return 0;
+    /* Looks at the mappings and does nothing; ENOMEM is a hole. */
+    return !msync((void *)(uintptr_t)start, end - start, MS_ASYNC);
+}
+
+int host_resident(u64 hva)
+{
+    unsigned char in_memory = 0;
+    return !mincore((void *)(uintptr_t)(hva & PAGE_MASK), PAGE_SIZE, &in_memory) && in_memory & 1;
+}
+
 u64 host_tsc(void) { return __builtin_ia32_rdtsc(); }
 
 /* ---- signals ----------------------------------------------------------------------------------- */
@@ -414,6 +450,22 @@ int spte_cmpxchg(u64 *sptep, u64 old_spte, u64 new_spte)
 {
     return __atomic_compare_exchange_n(sptep, &old_spte, new_spte, false, __ATOMIC_SEQ_CST,
                                        __ATOMIC_SEQ_CST);
+}
+
+u64 spt_clear_bits(u64 *spt, const u64 *mask, u64 bits)
+{
+    u64 all = 0;
+
+    for (int word = 0; word < 8; word++) {
+        for (u64 left = mask[word]; left; left &= left - 1) {
+            u64 *sptep = &spt[word * 64 + __builtin_ctzll(left)];
+            u64 old = spte_read(sptep);
+            if (!(old & SPTE_R))
+                continue;
+            all |= __atomic_fetch_and(sptep, ~bits, __ATOMIC_SEQ_CST);
+        }
+    }
+    return all;
 }
 
 u64 *spt_alloc(void)

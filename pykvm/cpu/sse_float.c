@@ -7,7 +7,7 @@
 
 /* clang-format off */
 
-/* ---- d = a op b ----------------------------------------------------------------------------------- */
+/* ---- d = a op b ------------------------------------------------------------------------------ */
 
 #define FOUR(op) V_BINARY(op##ps) V_BINARY(op##pd) V_SCALAR(op##ss, 4) V_SCALAR(op##sd, 8)
 FOUR(add) FOUR(sub) FOUR(mul) FOUR(div) FOUR(min) FOUR(max)
@@ -18,7 +18,7 @@ V_BINARY(addsubps) V_BINARY(addsubpd)
 V_UNARY(sqrtps) V_UNARY(sqrtpd) V_SCALAR(sqrtss, 4) V_SCALAR(sqrtsd, 8)
 V_UNARY(rcpps) V_SCALAR(rcpss, 4) V_UNARY(rsqrtps) V_SCALAR(rsqrtss, 4)
 
-/* ---- with an immediate: the predicate, the rounding mode, the mask ---------------------------------- */
+/* ---- with an immediate: the predicate, the rounding mode, the mask --------------------------- */
 
 V_BINARY_IMM(cmpps) V_BINARY_IMM(cmppd)
 V_SCALAR_IMM(cmpss, "movss", 4) V_SCALAR_IMM(cmpsd, "movsd", 8)
@@ -26,7 +26,7 @@ V_UNARY_IMM(roundps) V_UNARY_IMM(roundpd)
 V_SCALAR_IMM(roundss, "movss", 4) V_SCALAR_IMM(roundsd, "movsd", 8)
 V_BINARY_IMM(dpps) V_BINARY_IMM_128(dppd)
 
-/* ---- comparison to flags ------------------------------------------------------------------------------ */
+/* ---- comparison to flags --------------------------------------------------------------------- */
 
 /* Unordered: ZF, PF and CF; OF, SF and AF are cleared. */
 #define COMPARE(name, load, size)                                                                  \
@@ -43,7 +43,7 @@ V_BINARY_IMM(dpps) V_BINARY_IMM_128(dppd)
 COMPARE(ucomiss, "movss", 4) COMPARE(ucomisd, "movsd", 8)
 COMPARE(comiss, "movss", 4) COMPARE(comisd, "movsd", 8)
 
-/* ---- conversions ---------------------------------------------------------------------------------------- */
+/* ---- conversions ----------------------------------------------------------------------------- */
 
 V_SCALAR(cvtss2sd, 4) V_SCALAR(cvtsd2ss, 8)
 V_UNARY(cvtdq2ps) V_UNARY(cvtps2dq) V_UNARY(cvttps2dq)
@@ -118,7 +118,7 @@ FROM_GPR(cvtsi2ss) FROM_GPR(cvtsi2sd)
     const struct body b_##name = V_ROWS(name##_l, name##_l, name##_l);
 TO_GPR(cvtss2si, 4) TO_GPR(cvtsd2si, 8) TO_GPR(cvttss2si, 4) TO_GPR(cvttsd2si, 8)
 
-/* ---- half precision ---------------------------------------------------------------------------------------- */
+/* ---- half precision -------------------------------------------------------------------------- */
 
 V_VEX128_UNARY(vcvtph2ps, "vcvtph2ps", 8)
 V_VEX256_UNARY(vcvtph2ps, "vcvtph2ps", 16)
@@ -165,7 +165,7 @@ const struct body b_vcvtps2ph = {{
     [K_MR] = {NULL, vcvtps2ph_v_mr, vcvtps2ph_y_mr},
 }};
 
-/* ---- fused multiply-add: the destination is an operand too --------------------------------------------------- */
+/* ---- fused multiply-add: the destination is an operand too ----------------------------------- */
 
 #define FMA_128(name, size)                                                                        \
     V_PAIR(name##_v, size, 1,                                                                      \
@@ -178,7 +178,8 @@ const struct body b_vcvtps2ph = {{
                      #name " %[b], %%ymm1, %%ymm0\n\tvmovaps %%ymm0, %[d]\n\tvzeroupper", p))      \
     V_VEX(name)
 #define FMA_SCALAR(name, size) FMA_128(name, size) V_VEX_LIG(name)
-#define FMA_ORDERS(X, op, ...) X(op##132, __VA_ARGS__) X(op##213, __VA_ARGS__) X(op##231, __VA_ARGS__)
+#define FMA_ORDERS(X, op, ...)                                                                     \
+    X(op##132, __VA_ARGS__) X(op##213, __VA_ARGS__) X(op##231, __VA_ARGS__)
 #define FMA_BOTH(op, dummy) FMA_PACKED(op##ps) FMA_PACKED(op##pd)
 #define FMA_FOUR(op, dummy) FMA_BOTH(op, ) FMA_SCALAR(op##ss, 4) FMA_SCALAR(op##sd, 8)
 FMA_ORDERS(FMA_FOUR, vfmadd, ) FMA_ORDERS(FMA_FOUR, vfmsub, )

@@ -7,7 +7,7 @@
 
 /* clang-format off */
 
-/* ---- d = a op b ----------------------------------------------------------------------------- */
+/* ---- d = a op b ------------------------------------------------------------------------------ */
 
 V_BINARY(paddb) V_BINARY(paddw) V_BINARY(paddd) V_BINARY(paddq)
 V_BINARY(psubb) V_BINARY(psubw) V_BINARY(psubd) V_BINARY(psubq)
@@ -40,7 +40,7 @@ V_BINARY(pminsb) V_BINARY(pminsd) V_BINARY(pminuw) V_BINARY(pminud)
 V_BINARY(pmaxsb) V_BINARY(pmaxsd) V_BINARY(pmaxuw) V_BINARY(pmaxud)
 V_UNARY_128(phminposuw)
 
-/* ---- widening: the source is a half, a quarter or an eighth of the destination ---------------- */
+/* ---- widening: the source is a half, a quarter or an eighth of the destination --------------- */
 
 #define WIDEN(name, size)                                                                          \
     V_LEGACY_UNARY(name, #name, size, 1)                                                           \
@@ -52,7 +52,7 @@ WIDEN(pmovsxwd, 8) WIDEN(pmovsxwq, 4) WIDEN(pmovsxdq, 8)
 WIDEN(pmovzxbw, 8) WIDEN(pmovzxbd, 4) WIDEN(pmovzxbq, 2)
 WIDEN(pmovzxwd, 8) WIDEN(pmovzxwq, 4) WIDEN(pmovzxdq, 8)
 
-/* ---- shifts --------------------------------------------------------------------------------------
+/* ---- shifts -------------------------------------------------------------------------------------
  *
  * The count is the low quadword of an XMM register, of 128 bits of memory, or an immediate: that
  * is shifted by a register too.
@@ -122,14 +122,14 @@ SHIFT(psraw) SHIFT(psrad)
     DEFINE_STUBS(name##_y, 256, "v" #name " $.Limm, %ymm0, %ymm0")
 SHIFT_BYTES(pslldq) SHIFT_BYTES(psrldq)
 
-/* ---- with an immediate --------------------------------------------------------------------------- */
+/* ---- with an immediate ----------------------------------------------------------------------- */
 
 V_UNARY_IMM(pshufd) V_UNARY_IMM(pshufhw) V_UNARY_IMM(pshuflw)
 V_BINARY_IMM(shufps) V_BINARY_IMM(shufpd)
 V_BINARY_IMM(palignr) V_BINARY_IMM(pblendw) V_BINARY_IMM(blendps) V_BINARY_IMM(blendpd)
 V_BINARY_IMM(mpsadbw)
 
-/* ---- blending by the signs of xmm0; VEX: of a fourth register ------------------------------------- */
+/* ---- blending by the signs of xmm0; VEX: of a fourth register -------------------------------- */
 
 static u16 register_in_imm(const struct insn *i)
 {
@@ -160,7 +160,7 @@ static u16 register_in_imm(const struct insn *i)
     const struct body b_v##name = V_ROWS(none, name##_v, name##_y);
 BLEND(pblendvb) BLEND(blendvps) BLEND(blendvpd)
 
-/* ---- flags ----------------------------------------------------------------------------------------- */
+/* ---- flags ----------------------------------------------------------------------------------- */
 
 /* ZF and CF as the host has them, the others clear. */
 #define SET_ZF_CF(cpu, z, c)                                                                       \

@@ -56,10 +56,10 @@ static ALWAYS_INLINE void clear_upper(struct cpu *cpu, u16 reg)
 #define VMOV_128 V_ASM_DB("vmovups %[b], %%xmm0\n\tvmovaps %%ymm0, %[d]", p)
 #define VMOV_256 V_ASM_DB("vmovups %[b], %%ymm0\n\tvmovaps %%ymm0, %[d]\n\tvzeroupper", p)
 #define STORE_256(nt)                                                                              \
-    __asm__ volatile("vmovaps %[b], %%ymm0\n\t" nt " %%ymm0, %[d]\n\tvzeroupper"                    \
+    __asm__ volatile("vmovaps %[b], %%ymm0\n\t" nt " %%ymm0, %[d]\n\tvzeroupper"                   \
                      : : [d] "m"(VEC(p)), [b] "m"(VEC(s)) : V_CLOBBERS)
 
-/* ---- whole registers ----------------------------------------------------------------------------- */
+/* ---- whole registers ------------------------------------------------------------------------- */
 
 /* align_l: of legacy encodings, align_v and align_y of VEX ones */
 #define MOVE(name, align_l, align_v, align_y)                                                      \
@@ -82,7 +82,7 @@ const struct body b_movntps = {{[K_MR] = {movaps_l_mr, movaps_v_mr, movaps_y_mr}
 const struct body b_movntdqa = {{[K_RM] = {movaps_l_rm, movaps_v_rm, movaps_y_rm}}};
 const struct body b_lddqu = {{[K_RM] = {movups_l_rm, movups_v_rm, movups_y_rm}}};
 
-/* ---- one element ----------------------------------------------------------------------------------- */
+/* ---- one element ----------------------------------------------------------------------------- */
 
 #define MOVE_SCALAR(name, size, type)                                                              \
     LOAD_ONLY(name##_l, size, 1, set_quads(DEST, *(const volatile type *)p, 0))                    \
@@ -115,7 +115,7 @@ const struct body b_movq = {{
     [K_RR] = {movq_l_rr, movq_v_rr}, [K_RM] = {movq_l_rm, movq_v_rm}, [K_MR] = {movq_mr, movq_mr},
 }};
 
-/* ---- halves ------------------------------------------------------------------------------------------ */
+/* ---- halves ---------------------------------------------------------------------------------- */
 
 /* d = low and high quadword, from a, b or memory m */
 #define HALVES(name, low, high)                                                                    \
@@ -126,8 +126,12 @@ HALVES(movlps, MEM_QUAD, QUAD(cpu, i->va, 1)) /* also movlpd */
 HALVES(movhps, QUAD(cpu, i->va, 0), MEM_QUAD) /* also movhpd */
 STORE(movlps, 8, 1, SOURCE, *(volatile u64_mem *)p = *(const u64_mem *)s)
 STORE(movhps, 8, 1, (u8 *)SOURCE + 8, *(volatile u64_mem *)p = *(const u64_mem *)s)
-const struct body b_movlps = {{[K_RM] = {movlps_l_rm, movlps_v_rm}, [K_MR] = {movlps_mr, movlps_mr}}};
-const struct body b_movhps = {{[K_RM] = {movhps_l_rm, movhps_v_rm}, [K_MR] = {movhps_mr, movhps_mr}}};
+const struct body b_movlps = {{
+    [K_RM] = {movlps_l_rm, movlps_v_rm}, [K_MR] = {movlps_mr, movlps_mr},
+}};
+const struct body b_movhps = {{
+    [K_RM] = {movhps_l_rm, movhps_v_rm}, [K_MR] = {movhps_mr, movhps_mr},
+}};
 
 #define HALVES_REG(name, low, high)                                                                \
     HANDLER(name##_l) { set_quads(DEST, low, high); NEXT(cpu, i); }                                \
@@ -142,7 +146,7 @@ V_VEX128_UNARY(movddup, "vmovddup", 8)
 V_VEX256_UNARY(movddup, "vmovddup", 32)
 V_ALL(movddup)
 
-/* ---- general registers ----------------------------------------------------------------------------- */
+/* ---- general registers ----------------------------------------------------------------------- */
 
 /* movd, movq: 66 6E */
 #define MOVD(name, ...)                                                                            \
@@ -195,7 +199,7 @@ const struct body b_movd_e = {{
     const struct body b_##name = {{[K_RR] = {name##_l, name##_l, name##_y}}};
 SIGN_MASK(movmskps) SIGN_MASK(movmskpd) SIGN_MASK(pmovmskb)
 
-/* ---- elements by immediate --------------------------------------------------------------------------- */
+/* ---- elements by immediate ------------------------------------------------------------------- */
 
 /* To a general register, zero-extended, or to memory */
 #define EXTRACT(name, bits, n)                                                                     \
@@ -212,7 +216,9 @@ SIGN_MASK(movmskps) SIGN_MASK(movmskpd) SIGN_MASK(pmovmskb)
 EXTRACT(pextrb, 8, 16) EXTRACT(pextrw, 16, 8) EXTRACT(pextrl, 32, 4) EXTRACT(pextrq, 64, 2)
 const struct body b_pextrb = {{[K_RR] = {pextrb_rr, pextrb_rr}, [K_MR] = {pextrb_mr, pextrb_mr}}};
 const struct body b_pextrw = {{[K_RR] = {pextrw_rr, pextrw_rr}, [K_MR] = {pextrw_mr, pextrw_mr}}};
-const struct body b_extractps = {{[K_RR] = {pextrl_rr, pextrl_rr}, [K_MR] = {pextrl_mr, pextrl_mr}}};
+const struct body b_extractps = {{
+    [K_RR] = {pextrl_rr, pextrl_rr}, [K_MR] = {pextrl_mr, pextrl_mr},
+}};
 HANDLER(pextrd_rr) { return i->opsize == 8 ? pextrq_rr(cpu, i) : pextrl_rr(cpu, i); }
 HANDLER(pextrd_mr) { return i->opsize == 8 ? pextrq_mr(cpu, i) : pextrl_mr(cpu, i); }
 const struct body b_pextrd = {{[K_RR] = {pextrd_rr, pextrd_rr}, [K_MR] = {pextrd_mr, pextrd_mr}}};
@@ -252,7 +258,8 @@ const struct body b_pextrw_g = {{[K_RR] = {pextrw_g, pextrw_g}}};
         NEXT(cpu, i);                                                                              \
     })
 #define INSERT(name, n, gpr, bits)                                                                 \
-    INSERT_STUBS(name, n, gpr) INSERT_HANDLERS(name, bits, l, false) INSERT_HANDLERS(name, bits, v, true)
+    INSERT_STUBS(name, n, gpr)                                                                     \
+    INSERT_HANDLERS(name, bits, l, false) INSERT_HANDLERS(name, bits, v, true)
 INSERT(pinsrb, 16, "eax", 8) INSERT(pinsrw, 8, "eax", 16) INSERT(pinsrq, 2, "rax", 64)
 V_128(pinsrb) V_128(pinsrw)
 INSERT_STUBS(pinsrd, 4, "eax")
@@ -298,7 +305,7 @@ LOAD_ONLY(insertps_v, 4, 1,
                      STUB(insertps_v, i->imm8 & 0x3f), "vmovaps %%ymm0, %[d]"))
 V_128(insertps)
 
-/* ---- masked stores --------------------------------------------------------------------------------------- */
+/* ---- masked stores --------------------------------------------------------------------------- */
 
 /*
  * Bytes whose mask has the sign bit set go to DS:rDI.  The access is one of 16 bytes whatever the
@@ -348,7 +355,7 @@ HANDLER(maskmovdqu)
 }
 const struct body b_maskmovdqu = {{[K_RR] = {maskmovdqu, maskmovdqu}}};
 
-/* ---- MXCSR -------------------------------------------------------------------------------------------------- */
+/* ---- MXCSR ----------------------------------------------------------------------------------- */
 
 HANDLER(ldmxcsr)
 {

@@ -12,7 +12,7 @@ DEFINE_STUBS(pcmpistrm, 256, "pcmpistrm $.Limm, %xmm1, %xmm0")
 DEFINE_STUBS(pcmpestri, 256, "pcmpestri $.Limm, %xmm1, %xmm0")
 DEFINE_STUBS(pcmpestrm, 256, "pcmpestrm $.Limm, %xmm1, %xmm0")
 
-/* The lengths in (r|e)ax and (r|e)dx saturate at the number of elements: 64-bit ones do at 32 bits. */
+/* Lengths in (r|e)ax and (r|e)dx saturate at the number of elements: 64-bit ones here already. */
 static ALWAYS_INLINE u64 length(const struct insn *i, u64 v)
 {
     s64 n = (s64)v;
@@ -31,8 +31,8 @@ static ALWAYS_INLINE void set_flags(struct cpu *cpu, struct string_flags f)
 }
 
 /* index: ECX; the mask is left in xmm0 */
-static ALWAYS_INLINE struct string_flags compare(struct cpu *cpu, const struct insn *i, const void *p,
-                                                 const u8 *stubs, u64 *index)
+static ALWAYS_INLINE struct string_flags compare(struct cpu *cpu, const struct insn *i,
+                                                 const void *p, const u8 *stubs, u64 *index)
 {
     struct string_flags f;
     __asm__ volatile("movups %[b], %%xmm1\n\tmovaps %[d], %%xmm0\n\t"

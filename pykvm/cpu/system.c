@@ -180,6 +180,7 @@ static int cr_written(struct cpu *cpu, const struct insn *i, unsigned cr, u64 ol
         return LOOKUP;
     int status = vmexit_done(cpu, i, EXIT_CR_ACCESS);
     EXIT(cpu).qualification = cr;
+    EXIT(cpu).gla = old;
     return status;
 }
 

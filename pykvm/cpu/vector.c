@@ -10,7 +10,7 @@
 #include <signal.h>
 #include <ucontext.h>
 
-/* ---- memory operands --------------------------------------------------------------------------- */
+/* ---- memory operands ------------------------------------------------------------------------- */
 
 static bool v_linear(struct cpu *cpu, const struct insn *i, unsigned size, unsigned align,
                      unsigned access, u64 *la)
@@ -30,7 +30,8 @@ bool v_read(struct cpu *cpu, const struct insn *i, void *p, unsigned size, unsig
 bool v_write(struct cpu *cpu, const struct insn *i, const void *p, unsigned size, unsigned align)
 {
     u64 la;
-    return v_linear(cpu, i, size, align, ACC_WRITE, &la) && mem_write(cpu, la, p, size, ea_access(i));
+    return v_linear(cpu, i, size, align, ACC_WRITE, &la) &&
+           mem_write(cpu, la, p, size, ea_access(i));
 }
 
 int v_end(struct cpu *cpu, const struct insn *i)
@@ -51,14 +52,15 @@ int v_load_slow(struct cpu *cpu, const struct insn *i, insn_fn fn, unsigned size
     NEXT(cpu, i);
 }
 
-int v_store_slow(struct cpu *cpu, const struct insn *i, const void *p, unsigned size, unsigned align)
+int v_store_slow(struct cpu *cpu, const struct insn *i, const void *p, unsigned size,
+                 unsigned align)
 {
     if (!v_write(cpu, i, p, size, align))
         return stop(cpu, i);
     NEXT(cpu, i);
 }
 
-/* ---- MXCSR --------------------------------------------------------------------------------------- */
+/* ---- MXCSR ----------------------------------------------------------------------------------- */
 
 /* The host never traps.  FTZ does nothing while underflow is unmasked (SDM vol. 1 10.2.3.3). */
 static u32 mxcsr_for_host(u32 guest)
@@ -91,7 +93,7 @@ bool mxcsr_load(struct cpu *cpu)
     return changed;
 }
 
-/* ---- unmasked exceptions ---------------------------------------------------------------------------
+/* ---- unmasked exceptions ------------------------------------------------------------------------
  *
  * In MODE_XM every instruction that looks at MXCSR comes here.  It is executed with all exceptions
  * masked, and that was it when no unmasked flag came up.  Otherwise the host does it once more
@@ -126,7 +128,8 @@ static void on_sigfpe(int sig, siginfo_t *info, void *context)
 static void take_sigfpe(sigset_t *blocked)
 {
     struct sigaction ours = {.sa_sigaction = on_sigfpe,
-                             .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER}, now;
+                             .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER},
+                     now;
     sigset_t fpe;
 
     pthread_mutex_lock(&sigfpe_lock);
@@ -251,14 +254,15 @@ static int x_vector_checked(struct cpu *cpu, const struct insn *i)
     NEXT(cpu, i);
 }
 
-/* ---- the choice of a handler ------------------------------------------------------------------------- */
+/* ---- the choice of a handler ----------------------------------------------------------------- */
 
 /* CR0, CR4 or XCR0 is against it; SDM vol. 2 2.4 and 2.6. */
 static int x_vector_unusable(struct cpu *cpu, const struct insn *i)
 {
     const struct cpu_guest *g = &GUEST(cpu);
-    bool ud = i->flags & I_VEX ? !(g->cr4 & X86_CR4_OSXSAVE) || (g->xcr0 & XFEATURES_AVX) != XFEATURES_AVX
-                               : (g->cr0 & X86_CR0_EM) || !(g->cr4 & X86_CR4_OSFXSR);
+    bool ud = i->flags & I_VEX
+                  ? !(g->cr4 & X86_CR4_OSXSAVE) || (g->xcr0 & XFEATURES_AVX) != XFEATURES_AVX
+                  : (g->cr0 & X86_CR0_EM) || !(g->cr4 & X86_CR4_OSFXSR);
     return ud ? fault_ud(cpu, i) : fault_nm(cpu, i);
 }
 
@@ -266,7 +270,8 @@ static bool is_offered(const struct cpu *cpu, u16 feature)
 {
     unsigned word = feature >> 5 & 0x1f, bit = feature & 0x1f;
 
-    return !feature || !cpu || (has_feature(cpu, word, bit) && cpu_host_features((int)word) >> bit & 1);
+    return !feature || !cpu ||
+           (has_feature(cpu, word, bit) && cpu_host_features((int)word) >> bit & 1);
 }
 
 /* What 256 bits need besides AVX. */
@@ -275,8 +280,7 @@ static u16 wide_feature(const struct op *op, u32 flags)
     if (flags & O_AVX2)
         return FEAT(CPU_CPUID_7_EBX, CPUID_7_EBX_AVX2);
     switch (op->feature) {
-    case FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_AES):
-        return FEAT(CPU_CPUID_7_ECX, CPUID_7_ECX_VAES);
+    case FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_AES): return FEAT(CPU_CPUID_7_ECX, CPUID_7_ECX_VAES);
     case FEAT(CPU_CPUID_1_ECX, CPUID_1_ECX_PCLMULQDQ):
         return FEAT(CPU_CPUID_7_ECX, CPUID_7_ECX_VPCLMULQDQ);
     default: return 0;
@@ -300,7 +304,7 @@ insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct 
     return flags & O_FLOAT && mode & MODE_XM ? x_vector_checked : fn;
 }
 
-/* ---- the host ------------------------------------------------------------------------------------------ */
+/* ---- the host -------------------------------------------------------------------------------- */
 
 #define BIT(n) (1u << (n))
 #define AVX_1_ECX (BIT(CPUID_1_ECX_FMA) | BIT(CPUID_1_ECX_AVX) | BIT(CPUID_1_ECX_F16C))

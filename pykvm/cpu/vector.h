@@ -22,7 +22,7 @@
 
 enum encoding { ENC_LEGACY, ENC_VEX128, ENC_VEX256 };
 
-/* ---- operands ------------------------------------------------------------------------------ */
+/* ---- operands -------------------------------------------------------------------------------- */
 
 struct vec {
     u8 b[32];
@@ -71,7 +71,7 @@ int v_store_slow(struct cpu *cpu, const struct insn *i, const void *p, unsigned 
 /* Handler behind fn when an instruction is executed by itself. */
 int v_end(struct cpu *cpu, const struct insn *i);
 
-/* ---- MXCSR ------------------------------------------------------------------------------------ */
+/* ---- MXCSR ----------------------------------------------------------------------------------- */
 
 #define MXCSR_FLAGS 0x003fu
 #define MXCSR_DAZ 0x0040u
@@ -102,14 +102,14 @@ bool mxcsr_load(struct cpu *cpu);
 #define V_ASM_DB(code, p)                                                                          \
     __asm__ volatile(code : : [d] "m"(VEC(VREG(cpu, i->vd))), [b] "m"(VEC(p)) : V_CLOBBERS)
 #define V_ASM_DAB(code, p)                                                                         \
-    __asm__ volatile(code                                                                          \
-                     :                                                                             \
-                     : [d] "m"(VEC(VREG(cpu, i->vd))), [a] "m"(VEC(VREG(cpu, i->va))),             \
-                       [b] "m"(VEC(p))                                                             \
-                     : V_CLOBBERS)
+    __asm__ volatile(                                                                              \
+        code                                                                                       \
+        :                                                                                          \
+        : [d] "m"(VEC(VREG(cpu, i->vd))), [a] "m"(VEC(VREG(cpu, i->va))), [b] "m"(VEC(p))          \
+        : V_CLOBBERS)
 /* The immediate is part of an instruction: stubs has one, 8 bytes long, for each of its values. */
 #define V_ASM_STUB(before, operands, stub, after, ...)                                             \
-    __asm__ volatile(before "\n\tlea -128(%%rsp), %%rsp\n\tcall *%[f]\n\t"                          \
+    __asm__ volatile(before "\n\tlea -128(%%rsp), %%rsp\n\tcall *%[f]\n\t"                         \
                             "lea 128(%%rsp), %%rsp\n\t" after                                      \
                      :                                                                             \
                      : operands, [f] "r"(stub)                                                     \
@@ -154,14 +154,14 @@ bool mxcsr_load(struct cpu *cpu);
     V_PAIR(name##_l, size, align, V_ASM_DB(insn " %[b], %%xmm0\n\tmovaps %%xmm0, %[d]", p))
 #define V_VEX128_BINARY(name, insn, size)                                                          \
     V_PAIR(name##_v, size, 1,                                                                      \
-           V_ASM_DAB("vmovaps %[a], %%xmm0\n\t" insn " %[b], %%xmm0, %%xmm0\n\t"                    \
+           V_ASM_DAB("vmovaps %[a], %%xmm0\n\t" insn " %[b], %%xmm0, %%xmm0\n\t"                   \
                      "vmovaps %%ymm0, %[d]",                                                       \
                      p))
 #define V_VEX128_UNARY(name, insn, size)                                                           \
     V_PAIR(name##_v, size, 1, V_ASM_DB(insn " %[b], %%xmm0\n\tvmovaps %%ymm0, %[d]", p))
 #define V_VEX256_BINARY(name, insn, size)                                                          \
     V_PAIR(name##_y, size, 1,                                                                      \
-           V_ASM_DAB("vmovaps %[a], %%ymm0\n\t" insn " %[b], %%ymm0, %%ymm0\n\t"                    \
+           V_ASM_DAB("vmovaps %[a], %%ymm0\n\t" insn " %[b], %%ymm0, %%ymm0\n\t"                   \
                      "vmovaps %%ymm0, %[d]\n\tvzeroupper",                                         \
                      p))
 #define V_VEX256_UNARY(name, insn, size)                                                           \
@@ -287,7 +287,7 @@ bool mxcsr_load(struct cpu *cpu);
     V_VEX256_BINARY_IMM(name)                                                                      \
     V_VEX(name)
 
-/* ---- what there is ---------------------------------------------------------------------------------- */
+/* ---- what there is --------------------------------------------------------------------------- */
 
 /* clang-format off */
 #define SSE_MOVES(X)                                                                               \
@@ -356,7 +356,7 @@ SSE_STRINGS(DECLARE_VECTOR)
 AES_SHA(DECLARE_VECTOR)
 AVX_ONLY(DECLARE_VECTOR)
 
-/* ---- the choice of a handler (vector.c) ---------------------------------------------------------- */
+/* ---- the choice of a handler (vector.c) ------------------------------------------------------ */
 
 /* NULL: no such encoding. kind: K_RR, K_RM, K_MR, or K_R for an instruction without operands. */
 insn_fn vector_handler(const struct cpu *cpu, const struct op *op, const struct insn *i, u32 flags,

@@ -91,6 +91,7 @@ restart:
         u64 set = SPTE_A;
         if (leaf) {
             w->rights = rights;
+            w->spte = spte;
             if (need & ~rights)
                 return SPTE_VIOLATION;
             if (need & SPTE_W)
@@ -139,6 +140,23 @@ static u64 needed_rights(unsigned access)
     return access & ACC_WRITE ? SPTE_W : access & ACC_FETCH ? SPTE_X : SPTE_R;
 }
 
+/* Whether the module wants to see writes to the frame as MMIO. */
+static bool is_emulated_gfn(const struct cpu *cpu, u64 gpa)
+{
+    u64 gfn = gpa >> 12;
+    return gfn == CTL(cpu).emulate_gfn || gfn == CTL(cpu).emulate_gfn2;
+}
+
+/* The frame that a linear page is emulated as in shadow mode, ~0 when it is not. */
+static u64 emulated_frame(const struct cpu *cpu, u64 la)
+{
+    const struct cpu_ctl *ctl = &CTL(cpu);
+
+    if ((la & PAGE_MASK) == ctl->emulate_gla && ctl->emulate_gfn != ~0ull)
+        return ctl->emulate_gfn;
+    return (la & PAGE_MASK) == ctl->emulate_gla2 ? ctl->emulate_gfn2 : ~0ull;
+}
+
 /* how: CPU_EPT_* */
 static bool ept_violation(struct cpu *cpu, u64 gpa, u64 gla, const struct spte_walk *w, u64 how)
 {
@@ -177,7 +195,7 @@ static bool translate_final(struct cpu *cpu, u64 gpa, u64 gla, unsigned access, 
         t->readable = t->writable = false;
         if (status == SPTE_IS_MMIO)
             return access & ACC_FETCH ? fetch_from_mmio(cpu, gpa, gla) : true;
-        if (!(access & ACC_WRITE) || !(w.rights & SPTE_R) || gpa >> 12 != CTL(cpu).emulate_gfn)
+        if (!(access & ACC_WRITE) || !(w.rights & SPTE_R) || !is_emulated_gfn(cpu, gpa))
             return ept_violation(cpu, gpa, gla, &w, how | ept_access(access));
         if (translate_gpa(cpu, gpa, SPTE_R, &w) != SPTE_OK)
             return ept_violation(cpu, gpa, gla, &w, how | CPU_EPT_WRITE);
@@ -432,7 +450,7 @@ static enum walk_status update_gpte(struct cpu *cpu, const struct guest_walk *w,
 
     if (translate_gpa(cpu, p->gpa, SPTE_W, &s) != SPTE_OK) {
         /* KVM leaves A and D alone in a read-only slot. */
-        if (s.rights & SPTE_R && p->gpa >> 12 == CTL(cpu).emulate_gfn)
+        if (s.rights & SPTE_R && (s.spte & SPTE_ROM || is_emulated_gfn(cpu, p->gpa)))
             return WALK_OK;
         ept_violation(cpu, p->gpa, w->la, &s, CPU_EPT_READ | CPU_EPT_WRITE | CPU_EPT_GLA_VALID);
         return WALK_STOP;
@@ -514,6 +532,8 @@ static bool shadow_fault(struct cpu *cpu, u64 la, unsigned access, bool user, u3
         error |= PFERR_USER_MASK;
     if (access & ACC_FETCH)
         error |= PFERR_FETCH_MASK;
+    if (access & ACC_SYSTEM)
+        error |= CPU_PF_IMPLICIT;
     raise_exit(cpu, EXIT_PAGE_FAULT);
     EXIT(cpu).gla = la;
     EXIT(cpu).qualification = la;
@@ -531,14 +551,18 @@ static bool shadow_supervisor_denied(const struct cpu *cpu, unsigned access)
     return tlb_context(cpu, access & ACC_SYSTEM) == CTX_KERNEL_SMAP;
 }
 
+/* Fetches, and what the entry does not allow, are the module's to look at: it asks the guest's tables
+ * and has the instruction done as emulated when they have nothing against it. */
 static bool shadow_mmio(struct cpu *cpu, u64 la, unsigned access, bool user, u64 spte,
                         struct translation *t)
 {
-    if ((user && !(spte & SPTE_MMIO_U)) || (access & ACC_WRITE && !(spte & SPTE_MMIO_W)) ||
-        (!user && spte & SPTE_MMIO_U && shadow_supervisor_denied(cpu, access)))
-        return shadow_fault(cpu, la, access, user, PFERR_PRESENT_MASK);
+    bool denied = (user && !(spte & SPTE_MMIO_U)) || (access & ACC_WRITE && !(spte & SPTE_MMIO_W)) ||
+                  (!user && spte & SPTE_MMIO_U && shadow_supervisor_denied(cpu, access));
+
     t->gpa = (spte & SPTE_PFN) | (la & ~PAGE_MASK);
     t->mmio = true;
+    if (unlikely((denied || access & ACC_FETCH) && emulated_frame(cpu, la) != t->gpa >> 12))
+        return shadow_fault(cpu, la, access, user, PFERR_PRESENT_MASK);
     return access & ACC_FETCH ? fetch_from_mmio(cpu, t->gpa, la) : true;
 }
 
@@ -559,15 +583,15 @@ static bool walk_shadow(struct cpu *cpu, u64 la, unsigned access, bool user, str
         if (!w.rights)
             return shadow_fault(cpu, la, access, user, 0);
         if (need & ~w.rights & ~(u64)SPTE_W || !(w.rights & SPTE_R) ||
-            (la & PAGE_MASK) != CTL(cpu).emulate_gla || CTL(cpu).emulate_gfn == ~0ull ||
-            walk_sptes(cpu, addr, SPTE_R, &w) != SPTE_OK)
+            emulated_frame(cpu, la) == ~0ull || walk_sptes(cpu, addr, SPTE_R, &w) != SPTE_OK)
             return shadow_fault(cpu, la, access, user, PFERR_PRESENT_MASK);
         t->mmio = true;
-        t->gpa = CTL(cpu).emulate_gfn << 12 | (la & ~PAGE_MASK);
+        t->gpa = emulated_frame(cpu, la) << 12 | (la & ~PAGE_MASK);
         break;
     case SPTE_OK: break;
     }
-    if (!user && w.rights & SPTE_U && shadow_supervisor_denied(cpu, access))
+    bool user_page = w.rights & SPTE_U || w.spte & SPTE_GUEST_USER;
+    if (!user && user_page && shadow_supervisor_denied(cpu, access))
         return shadow_fault(cpu, la, access, user, PFERR_PRESENT_MASK);
     t->hva = w.hva;
     t->page_size = w.size;

@@ -44,7 +44,7 @@ def _ioctl(fd: int, request: int, arg: int, memory: UserMemory) -> int:
         if kind != "system" and file.mm != table.current_mm():
             raise KvmError(EIO, "the VM belongs to another process: this one was forked from it")
         obj: Any = file.obj
-        row = _lookup((kind, request))
+        row = None if request in file.absent else _lookup((kind, request))
         if kind != "vcpu":
             return _call(row, kind, request, obj, arg, memory)
         with obj.mutex:

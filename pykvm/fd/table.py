@@ -25,7 +25,10 @@ _MAX_EVENTS = 256
 
 
 class Releasable(Protocol):
-    """A kernel-side object behind a descriptor: a System, Vm, Vcpu or device."""
+    """A kernel-side object behind a descriptor: a System, Vm, Vcpu or device.
+
+    It may have `absent_requests`, numbers of requests that it refuses as unknown ones.
+    """
 
     def release(self) -> None:
         """Let go of it: its last descriptor and mapping are gone."""
@@ -39,12 +42,13 @@ class File:
     `mm`: `current_mm()` of the process that made it; another value means that a fork lies between.
     """
 
-    __slots__ = ("inflight", "inode", "kind", "memory", "mm", "obj", "released", "watch")
+    __slots__ = ("absent", "inflight", "inode", "kind", "memory", "mm", "obj", "released", "watch")
 
     def __init__(self, kind: str, obj: Releasable, made: CData, memory: CData | None, mm: int) -> None:
         """Describe a file; `anon_inode_getfd` makes them, from a struct memory_file."""
         self.kind = kind
         self.obj = obj
+        self.absent: frozenset[int] = getattr(obj, "absent_requests", frozenset())
         self.inode: int = made.inode
         self.watch: int = made.watch
         self.memory = memory

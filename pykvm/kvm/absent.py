@@ -24,7 +24,6 @@ _XEN = "Xen guests are not emulated"
 _HYPERV = "Hyper-V enlightenments are not emulated"
 _PMU = "there are no performance counters to emulate"
 _NESTED = "the processor has no virtualization extensions of its own"
-_REMOVED = "removed from Linux"
 
 # kind of descriptor -> why -> requests
 _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -69,7 +68,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "KVM_MEMORY_ENCRYPT_REG_REGION",
             "KVM_MEMORY_ENCRYPT_UNREG_REGION",
         ),
-        _REMOVED: ("KVM_GET_NR_MMU_PAGES",),
     },
     "vcpu": {
         _IRQCHIP: ("KVM_GET_LAPIC", "KVM_SET_LAPIC", "KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR"),

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
-KVM_MAX_VCPUS = 1024
-KVM_MAX_VCPU_IDS = 4096
-KVM_USER_MEM_SLOTS = 32764
-
 # A number, or what computes it for the VM asked, or for the System when /dev/kvm is asked.  Both
 # have an attribute `system`.
 Answer: TypeAlias = "int | Callable[[Vm | System], int]"
@@ -109,6 +105,10 @@ def check_extension(of: Vm | System, number: int) -> int:
     row = CAPS.get(number)
     if row is None:
         return 0
+    return of.system.kernel.capability(row.name, lambda: _as_built(of, row))
+
+
+def _as_built(of: Vm | System, row: Cap) -> int:
     if row.answer is None:
         row.answer = _announced(row)
     return row.answer if isinstance(row.answer, int) else int(row.answer(of))
@@ -154,7 +154,7 @@ def vm_enable_cap(vm: Vm, request: CData) -> int:
     """
     number, args = _enable_args(request)
     row = CAPS.get(number)
-    if row is None or row.enable_vm is None:
+    if row is None or row.enable_vm is None or not vm.kernel.can_enable(row.name):
         raise KvmError(EINVAL, f"capability {row.name if row else number} cannot be enabled on a VM")
     return row.enable_vm(vm, args)
 
@@ -169,16 +169,23 @@ def vcpu_enable_cap(vcpu: Vcpu, request: CData) -> int:
     """
     number, args = _enable_args(request)
     row = CAPS.get(number)
-    if row is None or row.enable_vcpu is None:
+    if row is None or row.enable_vcpu is None or not vcpu.vm.kernel.can_enable(row.name):
         raise KvmError(EINVAL, f"capability {row.name if row else number} cannot be enabled on a vCPU")
     return row.enable_vcpu(vcpu, args)
 
 
 # ---- what no ioctl announces ---------------------------------------------------------------------
 
-capability("KVM_CAP_NR_VCPUS", lambda _: min(os.cpu_count() or 1, KVM_MAX_VCPUS))
-capability("KVM_CAP_MAX_VCPUS", KVM_MAX_VCPUS)
-capability("KVM_CAP_NR_MEMSLOTS", KVM_USER_MEM_SLOTS)
+
+
+def _recommended_vcpus(of: Vm | System) -> int:
+    limits = of.system.kernel.limits
+    return limits.soft_vcpus or min(os.cpu_count() or 1, limits.vcpus)
+
+
+capability("KVM_CAP_NR_VCPUS", _recommended_vcpus)
+capability("KVM_CAP_MAX_VCPUS", lambda of: of.system.kernel.limits.vcpus)
+capability("KVM_CAP_NR_MEMSLOTS", lambda of: of.system.kernel.limits.memslots)
 capability("KVM_CAP_VM_TYPES", 1 << uapi.KVM_X86_DEFAULT_VM)
 # A host mapping that changes is seen by the guest: translations name host virtual pages.
 capability("KVM_CAP_SYNC_MMU", 1)

@@ -120,7 +120,7 @@ class VmClock:
 def is_master_clock(vm: Vm) -> bool:
     """Say if all vCPUs' TSCs agree, so that kvmclock is one clock for all of them."""
     offsets = {(v.clock.virtual_tsc_khz, v.cpu.ctl.tsc_offset) for v in tuple(vm.vcpus.values())}
-    return len(offsets) <= 1 and not vm.clock.boot_vcpu_runs_old_kvmclock
+    return vm.kernel.behaviour.master_clock and len(offsets) <= 1 and not vm.clock.boot_vcpu_runs_old_kvmclock
 
 
 def request_global_update(vm: Vm) -> None:
@@ -138,12 +138,15 @@ def get_clock(vm: Vm) -> CData:
     Source: api.rst 4.29; x86.c kvm_vm_ioctl_get_clock
     """
     data = ffi.new("struct kvm_clock_data *")
-    data.host_tsc = lib.host_tsc()
-    data.realtime = time.time_ns()
-    data.clock = vm.clock.kvmclock_at(data.host_tsc)
-    data.flags = uapi.KVM_CLOCK_REALTIME | uapi.KVM_CLOCK_HOST_TSC
+    host_tsc = lib.host_tsc()
+    realtime = time.time_ns()
+    data.clock = vm.clock.kvmclock_at(host_tsc)
+    flags = uapi.KVM_CLOCK_REALTIME | uapi.KVM_CLOCK_HOST_TSC
     if is_master_clock(vm):
-        data.flags |= uapi.KVM_CLOCK_TSC_STABLE
+        flags |= uapi.KVM_CLOCK_TSC_STABLE
+    data.flags = flags & vm.kernel.behaviour.clock_get_flags
+    if data.flags & uapi.KVM_CLOCK_REALTIME:
+        data.realtime, data.host_tsc = realtime, host_tsc
     return data
 
 
@@ -155,7 +158,7 @@ def set_clock(vm: Vm, data: CData) -> int:
         EINVAL  unknown flags
     Source: api.rst 4.30; x86.c kvm_vm_ioctl_set_clock
     """
-    if data.flags & ~_CLOCK_FLAGS:
+    if data.flags & ~vm.kernel.behaviour.clock_set_flags:
         raise KvmError(EINVAL, f"unknown flags {data.flags:#x}")
     clock = data.clock
     if data.flags & uapi.KVM_CLOCK_REALTIME:
@@ -354,7 +357,7 @@ def vm_set_tsc_khz(vm: Vm, khz: int) -> int:
     """
     wanted = _wanted_khz(khz)
     with vm.lock:
-        if vm.created_vcpus:
+        if vm.created_vcpus and vm.kernel.behaviour.tsc_khz_fixed:
             raise KvmError(EINVAL, "a vCPU exists")
         vm.clock.default_tsc_khz = wanted
     return 0

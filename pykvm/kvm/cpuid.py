@@ -92,10 +92,12 @@ FEATURES = (
     Feature("MOVBE", "1_ECX", ("movbe",)),
     Feature("POPCNT", "1_ECX", ("popcnt",)),
     Feature("AES", "1_ECX", ("aesenc", "aesdeclast", "aesimc", "aeskeygenassist")),
+    Feature("XSAVE", "1_ECX", ("xsave", "xrstor", "xgetbv", "xsetbv"), gated=True),
     Feature("AVX", "1_ECX", ("vbroadcastss", "vperm2f128", "vmaskmovps", "vzeroupper")),
     Feature("F16C", "1_ECX", ("vcvtph2ps", "vcvtps2ph")),
     Feature("RDRAND", "1_ECX", ("rdrand",), gated=True),
     Feature("HYPERVISOR", "1_ECX"),
+    Feature("FPU", "1_EDX", ("fadd", "fldcw", "fnsave", "fsqrt")),
     Feature("DE", "1_EDX"),
     Feature("PSE", "1_EDX"),
     Feature("TSC", "1_EDX", ("rdtsc",)),
@@ -112,6 +114,8 @@ FEATURES = (
     Feature("PAT", "1_EDX"),
     Feature("PSE36", "1_EDX"),
     Feature("CLFLUSH", "1_EDX", ("clflush",)),
+    Feature("MMX", "1_EDX", ("emms", "packsswb", "pmaddwd")),
+    Feature("FXSR", "1_EDX", ("fxsave", "fxrstor")),
     Feature("SSE", "1_EDX", ("movaps", "addss", "ldmxcsr", "stmxcsr", "movntps")),
     Feature("SSE2", "1_EDX", ("movdqa", "addsd", "paddd", "maskmovdqu", "movnti")),
     Feature("ARAT", "6_EAX"),
@@ -130,6 +134,7 @@ FEATURES = (
     Feature("CLWB", "7_EBX", ("clwb",)),
     Feature("SHA_NI", "7_EBX", ("sha1rnds4", "sha256rnds2", "sha256msg1")),
     Feature("UMIP", "7_ECX"),
+    Feature("PKU", "7_ECX", ("rdpkru", "wrpkru"), gated=True),
     Feature("GFNI", "7_ECX", ("gf2p8mulb", "gf2p8affineqb", "gf2p8affineinvqb")),
     Feature("VAES", "7_ECX", ("aesenc", "aesdeclast")),
     Feature("VPCLMULQDQ", "7_ECX", ("pclmulqdq",)),
@@ -137,6 +142,10 @@ FEATURES = (
     Feature("FSRM", "7_EDX"),
     Feature("SERIALIZE", "7_EDX", ("serialize",)),
     Feature("ARCH_CAPABILITIES", "7_EDX"),
+    Feature("XSAVEOPT", "D_1_EAX", ("xsaveopt",), gated=True),
+    Feature("XSAVEC", "D_1_EAX", ("xsavec",), gated=True),
+    Feature("XGETBV1", "D_1_EAX", ("xgetbv",)),
+    Feature("XSAVES", "D_1_EAX", ("xsaves", "xrstors"), gated=True),
     Feature("LAHF_LM", "80000001_ECX", ("lahf", "sahf")),
     Feature("ABM", "80000001_ECX", ("lzcnt",)),
     Feature("3DNOWPREFETCH", "80000001_ECX", ("prefetch",)),
@@ -147,7 +156,7 @@ FEATURES = (
     Feature("LM", "80000001_EDX"),
     Feature("CONSTANT_TSC", "80000007_EDX"),
 )
-_BY_NAME = {feature.name: feature for feature in FEATURES}
+BY_NAME = {feature.name: feature for feature in FEATURES}
 
 
 def _bits(word: str, *, gated: bool | None = None) -> int:
@@ -163,7 +172,7 @@ def _host(word: Word) -> int:
 SUPPORTED = {name: _bits(name) & _host(word) for name, word in WORDS.items()}
 _GATED = {word: _bits(word, gated=True) for word in WORDS}
 # State components of XSAVE by the feature that has them; x87 is always there.
-_XCR0_FEATURES = {
+XCR0_FEATURES = {
     uapi.XFEATURE_MASK_SSE: "SSE",
     uapi.XFEATURE_MASK_YMM: "AVX",
     uapi.XFEATURE_MASK_PKRU: "PKU",
@@ -171,25 +180,25 @@ _XCR0_FEATURES = {
 
 
 def _is_supported(name: str) -> bool:
-    feature = _BY_NAME.get(name)
+    feature = BY_NAME.get(name)
     return feature is not None and bool(SUPPORTED[feature.word] >> feature.bit & 1)
 
 
 SUPPORTED_XCR0 = uapi.XFEATURE_MASK_FP | sum(
-    bit for bit, name in _XCR0_FEATURES.items() if _is_supported("XSAVE") and _is_supported(name)
+    bit for bit, name in XCR0_FEATURES.items() if _is_supported("XSAVE") and _is_supported(name)
 )
 
 _CR0_VALID = (
     uapi.X86_CR0_PE | uapi.X86_CR0_MP | uapi.X86_CR0_EM | uapi.X86_CR0_TS | uapi.X86_CR0_ET | uapi.X86_CR0_NE
     | uapi.X86_CR0_WP | uapi.X86_CR0_AM | uapi.X86_CR0_NW | uapi.X86_CR0_CD | uapi.X86_CR0_PG
 )  # fmt: skip
-_CR4_ALWAYS = (
+CR4_ALWAYS = (
     uapi.X86_CR4_VME | uapi.X86_CR4_PVI | uapi.X86_CR4_TSD | uapi.X86_CR4_DE | uapi.X86_CR4_PSE
     | uapi.X86_CR4_PAE | uapi.X86_CR4_MCE | uapi.X86_CR4_PGE | uapi.X86_CR4_PCE | uapi.X86_CR4_OSFXSR
     | uapi.X86_CR4_OSXMMEXCPT
 )  # fmt: skip
 # CR4 bits that only a processor with the feature has (x86.h __cr4_reserved_bits).
-_CR4_FEATURES = {
+CR4_FEATURES = {
     uapi.X86_CR4_UMIP: "UMIP",
     uapi.X86_CR4_LA57: "LA57",
     uapi.X86_CR4_FSGSBASE: "FSGSBASE",
@@ -199,15 +208,12 @@ _CR4_FEATURES = {
     uapi.X86_CR4_SMAP: "SMAP",
     uapi.X86_CR4_PKE: "PKU",
 }
-_EFER_FEATURES = {
+EFER_FEATURES = {
     uapi.EFER_SCE: "SYSCALL",
     uapi.EFER_LME | uapi.EFER_LMA: "LM",
     uapi.EFER_NX: "NX",
     uapi.EFER_FFXSR: "FXSR_OPT",
 }
-# Bits a processor of this kind has at all: __cr4_reserved_bits and efer_reserved_bits of the host.
-CR4_SUPPORTED = _CR4_ALWAYS | sum(bit for bit, name in _CR4_FEATURES.items() if name in _BY_NAME)
-EFER_SUPPORTED = sum(bits for bits, name in _EFER_FEATURES.items() if name in _BY_NAME)
 
 
 # ---- the supported table -------------------------------------------------------------------------
@@ -282,15 +288,18 @@ def xstate_required_size(xstate_bv: int, *, compacted: bool) -> int:
     return size
 
 
-def _xsave_leaves() -> dict[int, Registers]:
-    """Return the subleaves of leaf 0xD; sizes of the current state are filled in at run time."""
-    if not _is_supported("XSAVE"):
+def xsave_leaves(xcr0: int, features: int, *, xsave: bool) -> dict[int, Registers]:
+    """Return the subleaves of leaf 0xD; sizes of the current state are filled in at run time.
+
+    `features`: eax of subleaf 1.
+    """
+    if not xsave:
         return {0: _NONE}
-    low, high = SUPPORTED_XCR0 & 0xFFFF_FFFF, SUPPORTED_XCR0 >> 32
-    largest = xstate_required_size(SUPPORTED_XCR0, compacted=False)
-    leaves: dict[int, Registers] = {0: (low, _XSAVE_HEADER_END, largest, high), 1: _features(0xD, 1)}
+    low, high = xcr0 & 0xFFFF_FFFF, xcr0 >> 32
+    largest = xstate_required_size(xcr0, compacted=False)
+    leaves: dict[int, Registers] = {0: (low, _XSAVE_HEADER_END, largest, high), 1: (features, 0, 0, 0)}
     for component, (offset, size) in XSTATE_COMPONENTS.items():
-        if SUPPORTED_XCR0 >> component & 1:
+        if xcr0 >> component & 1:
             leaves[component] = (size, offset, 0, 0)
     return leaves
 
@@ -300,7 +309,7 @@ _SUBLEAVES: dict[int, dict[int, Registers]] = {
     4: dict(enumerate(_CACHES)),
     7: {0: _features(7)},
     0xB: {0: _NONE},
-    0xD: _xsave_leaves(),
+    0xD: xsave_leaves(SUPPORTED_XCR0, SUPPORTED["D_1_EAX"], xsave=_is_supported("XSAVE")),
 }
 
 
@@ -375,8 +384,11 @@ def get_supported_cpuid(system: System, a: ArrayArg) -> int:
         E2BIG  too little room; the count is not told
     Source: api.rst 4.46; cpuid.c kvm_dev_ioctl_get_cpuid
     """
-    del system
-    return _answer(a, SUPPORTED_CPUID)
+    rules, entries = system.kernel, system.offer.supported
+    # Up to 2.6.35 a table that just fits counted as too long.
+    if not rules.cpuid.exact_room and min(a.n, rules.limits.cpuid_entries) == len(entries):
+        raise KvmError(E2BIG, f"{len(entries)} entries need room for one more")
+    return _answer(a, entries)
 
 
 @system_ioctl("KVM_GET_EMULATED_CPUID", _cpuid2(copy_in=True), cap="KVM_CAP_EXT_EMUL_CPUID")
@@ -407,8 +419,8 @@ class GuestCpuid:
     state components the guest may turn on.
     """
 
-    def __init__(self, entries: tuple[Entry, ...] = ()) -> None:
-        """Take a table."""
+    def __init__(self, entries: tuple[Entry, ...] = (), offered_xcr0: int = SUPPORTED_XCR0) -> None:
+        """Take a table, and the state components that any guest may turn on."""
         self.entries = entries
         self._leaves: dict[int, list[Entry]] = {}
         for entry in entries:
@@ -416,7 +428,7 @@ class GuestCpuid:
         self.maxphyaddr = self._maxphyaddr()
         self.reserved_gpa_bits = _MASK64 & ~((1 << self.maxphyaddr) - 1)
         low, _, _, high = self.registers(0xD)
-        self.supported_xcr0 = (low | high << 32) & SUPPORTED_XCR0
+        self.supported_xcr0 = (low | high << 32) & offered_xcr0
         kvm = next((e.function for e in entries if _is_kvm_signature(e)), uapi.KVM_CPUID_SIGNATURE)
         self.pv_features = self.registers(kvm + 1)[EAX]
 
@@ -444,7 +456,7 @@ class GuestCpuid:
 
     def has(self, name: str) -> bool:
         """Say if the guest has a feature: it is offered, and the client's table has its bit."""
-        feature = _BY_NAME.get(name)
+        feature = BY_NAME.get(name)
         return feature is not None and bool(self.word(feature.word) >> feature.bit & 1)
 
     @property
@@ -468,19 +480,19 @@ def after_set_cpuid(vcpu: Vcpu) -> None:
 
     A vCPU without a table can do everything: instructions do not ask CPUID.
     """
-    cpuid, ctl = vcpu.cpuid, vcpu.cpu.ctl
+    cpuid, ctl, offer = vcpu.cpuid, vcpu.cpu.ctl, vcpu.vm.system.offer
     given = bool(cpuid.entries)
     for name, word in WORDS.items():
         if word.ctl is not None:
             masked = _GATED[name] & ~cpuid.word(name) if given else 0
-            ctl.cpuid[word.ctl] = SUPPORTED[name] & ~masked
+            ctl.cpuid[word.ctl] = offer.words[name] & ~masked
     ctl.maxphyaddr = cpuid.maxphyaddr
     ctl.cr0_valid = _CR0_VALID
-    ctl.cr4_valid = CR4_SUPPORTED
-    ctl.efer_valid = EFER_SUPPORTED
+    ctl.cr4_valid = offer.cr4
+    ctl.efer_valid = offer.efer
     if given:
-        ctl.cr4_valid = _CR4_ALWAYS | sum(bit for bit, name in _CR4_FEATURES.items() if cpuid.has(name))
-        ctl.efer_valid = sum(bits for bits, name in _EFER_FEATURES.items() if cpuid.has(name))
+        ctl.cr4_valid &= CR4_ALWAYS | sum(bit for bit, name in CR4_FEATURES.items() if cpuid.has(name))
+        ctl.efer_valid &= sum(bits for bits, name in EFER_FEATURES.items() if cpuid.has(name))
     ctl.xcr0_valid = cpuid.supported_xcr0 | uapi.XFEATURE_MASK_FP
     # The root's level follows from the physical address width.
     vcpu.loaded_memslots = None
@@ -521,12 +533,14 @@ def _take(entries: CData, n: int) -> tuple[Entry, ...]:
 
 def _set_cpuid(vcpu: Vcpu, entries: tuple[Entry, ...]) -> int:
     """Give the vCPU a table; one that has run takes only the table it has (kvm_set_cpuid)."""
-    if vcpu.has_run:
+    if vcpu.has_run and not vcpu.vm.kernel.cpuid.any_after_run:
         old = [runtime(vcpu, entry) for entry in vcpu.cpuid.entries]
         if [runtime(vcpu, entry) for entry in entries] != old:
             raise KvmError(EINVAL, "the vCPU has run: its CPUID cannot change")
         return 0
-    cpuid = GuestCpuid(entries)
+    if len(entries) > vcpu.vm.kernel.limits.cpuid_entries:
+        raise KvmError(E2BIG, f"{len(entries)} entries")
+    cpuid = GuestCpuid(entries, vcpu.vm.system.offer.xcr0)
     address_sizes = cpuid.find(0x8000_0008)
     virtual = address_sizes.registers[EAX] >> 8 & 0xFF if address_sizes else 0
     if virtual not in {0, 48, 57}:
@@ -591,7 +605,7 @@ def cpuid_of(vcpu: Vcpu, function: int, index: int) -> Registers:
     cpuid = vcpu.cpuid
     entry = cpuid.find(function, index)
     if entry is None:
-        function, entry = _out_of_range(cpuid, function, index)
+        function, entry = _OUT_OF_RANGE[vcpu.vm.kernel.cpuid.out_of_range](cpuid, function, index)
     if entry is not None:
         return runtime(vcpu, entry).registers
     first = cpuid.find(function, 1) if function in {0xB, 0x1F} else None
@@ -599,10 +613,18 @@ def cpuid_of(vcpu: Vcpu, function: int, index: int) -> Registers:
     return (0, 0, index & 0xFF, first.registers[EDX]) if first else _NONE
 
 
-def _out_of_range(cpuid: GuestCpuid, function: int, index: int) -> tuple[int, Entry | None]:
+Found: TypeAlias = tuple[int, Entry | None]
+
+
+def _by_vendor(cpuid: GuestCpuid, function: int, index: int) -> Found:
+    """Return (leaf, entry) past the highest leaf: Intel's rule, or nothing as on AMD."""
+    return (function, None) if cpuid.is_amd_compatible else _highest_basic(cpuid, function, index)
+
+
+def _highest_basic(cpuid: GuestCpuid, function: int, index: int) -> Found:
     """Return (leaf, entry) that Intel's CPUID gives past the highest leaf: the highest basic one."""
     basic = cpuid.find(0)
-    if basic is None or cpuid.is_amd_compatible:
+    if basic is None:
         return function, None
     if 0x4000_0000 <= function <= 0x4FFF_FFFF:
         head = cpuid.find(function & 0xFFFF_FF00)
@@ -614,6 +636,22 @@ def _out_of_range(cpuid: GuestCpuid, function: int, index: int) -> tuple[int, En
         return function, None
     highest = basic.registers[EAX]
     return highest, cpuid.find(highest, index)
+
+
+def _highest_of_half(cpuid: GuestCpuid, function: int, index: int) -> Found:
+    """Return (leaf, entry) of the highest leaf there is, basic or extended as the one asked for.
+
+    Source: x86.c of 2.6.35, kvm_find_cpuid_entry
+    """
+    del index
+    half = [entry for entry in cpuid.entries if not (entry.function ^ function) & 0x8000_0000]
+    # The first of the highest: later subleaves are no higher.
+    best = max(half, key=lambda entry: entry.function, default=None)
+    return (best.function, best) if best else (function, None)
+
+
+# By KernelCpuid.out_of_range.
+_OUT_OF_RANGE = {"vendor": _by_vendor, "basic": _highest_basic, "half": _highest_of_half}
 
 
 @on_exit(lib.EXIT_CPUID)

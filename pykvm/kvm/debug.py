@@ -104,7 +104,7 @@ def set_debugregs(vcpu: Vcpu, new: CData) -> int:
     """
     if new.flags:
         raise KvmError(EINVAL, f"flags {new.flags:#x}, must be 0")
-    if new.dr6 >> 32 or new.dr7 >> 32:
+    if (new.dr6 >> 32 or new.dr7 >> 32) and vcpu.vm.kernel.behaviour.strict_debugregs:
         raise KvmError(EINVAL, f"dr6 {new.dr6:#x}, dr7 {new.dr7:#x}: 32 bits each")
     _set(vcpu, list(new.db), new.dr7)
     vcpu.cpu.guest.dr6 = new.dr6

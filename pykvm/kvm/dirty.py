@@ -10,7 +10,7 @@ from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, vm_ioctl
 from pykvm.abi.uaccess import address_of
 from pykvm.kvm.caps import vm_cap
-from pykvm.kvm.memslots import KVM_USER_MEM_SLOTS, dirty_bitmap_bytes
+from pykvm.kvm.memslots import dirty_bitmap_bytes
 
 if TYPE_CHECKING:
     from pykvm.abi.uaccess import UserMemory
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def _logged_slot(vm: Vm, number: int) -> tuple[Memslot, bytearray]:
     as_id, slot_id = number >> 16, number & 0xFFFF
-    if as_id >= len(vm.memslots) or slot_id >= KVM_USER_MEM_SLOTS:
+    if as_id >= len(vm.memslots) or slot_id >= vm.kernel.limits.memslots:
         raise KvmError(EINVAL, f"slot {number:#x} is out of range")
     slot = vm.memslots[as_id].by_id.get(slot_id)
     if slot is None or slot.dirty_bitmap is None:
@@ -66,7 +66,7 @@ def clear_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
     first, num = int(log.first_page), int(log.num_pages)
     with vm.slots_lock:
         as_id, slot_id = int(log.slot) >> 16, int(log.slot) & 0xFFFF
-        if as_id >= len(vm.memslots) or slot_id >= KVM_USER_MEM_SLOTS:
+        if as_id >= len(vm.memslots) or slot_id >= vm.kernel.limits.memslots:
             raise KvmError(EINVAL, f"slot {int(log.slot):#x} is out of range")
         if first % 64:
             raise KvmError(EINVAL, f"first_page {first} is not a multiple of 64")

@@ -355,13 +355,13 @@ def get_vcpu_events(vcpu: Vcpu) -> CData:
     out.exception_payload = e.payload
     out.interrupt.injected = e.interrupt_injected and not e.interrupt_soft
     out.interrupt.nr = e.interrupt_nr
-    out.interrupt.shadow = get_interrupt_shadow(guest)
+    out.interrupt.shadow = vm.processor.shadow_read_back(get_interrupt_shadow(guest))
     out.nmi.injected = e.nmi_injected
     out.nmi.pending = e.nmi_pending
     out.nmi.masked = bool(guest.interruptibility & lib.CPU_BLOCK_NMI)
-    out.flags = (
-        uapi.KVM_VCPUEVENT_VALID_NMI_PENDING | uapi.KVM_VCPUEVENT_VALID_SHADOW | uapi.KVM_VCPUEVENT_VALID_SMM
-    )
+    out.flags = vm.kernel.behaviour.vcpu_events_get
+    if out.flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR:
+        out.sipi_vector = vcpu.sipi_vector
     if vm.exception_payload_enabled:
         out.flags |= uapi.KVM_VCPUEVENT_VALID_PAYLOAD
     if vm.triple_fault_event:
@@ -385,16 +385,6 @@ def set_interrupt_shadow(guest: CData, shadow: int) -> None:
     elif shadow & uapi.KVM_X86_SHADOW_INT_STI:
         blocked |= lib.CPU_BLOCK_STI
     guest.interruptibility = blocked
-
-
-_KNOWN_FLAGS = (
-    uapi.KVM_VCPUEVENT_VALID_NMI_PENDING
-    | uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR
-    | uapi.KVM_VCPUEVENT_VALID_SHADOW
-    | uapi.KVM_VCPUEVENT_VALID_SMM
-    | uapi.KVM_VCPUEVENT_VALID_PAYLOAD
-    | uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
-)
 
 
 @vcpu_ioctl("KVM_SET_VCPU_EVENTS", In("struct kvm_vcpu_events"), cap="KVM_CAP_VCPU_EVENTS")
@@ -428,13 +418,15 @@ def set_vcpu_events(vcpu: Vcpu, new: CData) -> int:
         e.queue_nmi(vcpu, new.nmi.pending)
     if flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
         e.triple_fault = bool(new.triple_fault.pending)
+    if flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR:
+        vcpu.sipi_vector = new.sipi_vector
     e.requested = True
     return 0
 
 
 def _check_vcpu_events(vm: Vm, new: CData) -> None:
     flags, exception = new.flags, new.exception
-    if flags & ~_KNOWN_FLAGS:
+    if flags & ~vm.kernel.behaviour.vcpu_events_set:
         raise KvmError(EINVAL, f"unknown flags {flags:#x}")
     if flags & uapi.KVM_VCPUEVENT_VALID_PAYLOAD:
         if not vm.exception_payload_enabled:

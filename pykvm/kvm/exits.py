@@ -46,6 +46,7 @@ _BASIC_EXIT_REASONS = {
     lib.EXIT_MMIO_READ: 49,
     lib.EXIT_MMIO_WRITE: 49,
 }
+_EPT_MISCONFIG = 49
 # SDM vol. 3 26.8: VM-entry failure due to invalid guest state, with the failure bit.
 INVALID_GUEST_STATE = 0x8000_0021
 NO_GFN = 0xFFFF_FFFF_FFFF_FFFF
@@ -182,7 +183,13 @@ def event_vectoring_error(vcpu: Vcpu, gpa: int) -> Outcome:
     ex = vcpu.cpu.exit
     reason = _BASIC_EXIT_REASONS.get(ex.reason, ex.reason)
     suberror = uapi.KVM_INTERNAL_ERROR_DELIVERY_EV
-    return internal_error(vcpu, suberror, ex.idt_vectoring.info, reason, ex.qualification, gpa, 0)
+    rules = vcpu.vm.kernel.behaviour
+    data = [ex.idt_vectoring.info, reason, ex.qualification]
+    if rules.delivery_event_gpa or reason == _EPT_MISCONFIG:
+        data.append(gpa)
+    if rules.last_cpu:
+        data.append(0)
+    return internal_error(vcpu, suberror, *data)
 
 
 def emulation_failure(vcpu: Vcpu) -> Outcome:
@@ -197,6 +204,8 @@ def emulation_failure(vcpu: Vcpu) -> Outcome:
         vcpu.events.queue_exception(vcpu, uapi.UD_VECTOR)
         if get_cpl(vcpu):
             return RESUME
+    if not vcpu.vm.kernel.behaviour.emulation_failure_data:
+        return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION)
     ex, run = vcpu.cpu.exit, vcpu.kvm_run
     size = min(ex.insn_bytes, _INSN_BYTES)
     info = (_BASIC_EXIT_REASONS.get(ex.reason, ex.reason), ex.qualification, ex.gpa, 0, 0)
@@ -231,6 +240,8 @@ def enable_exit_on_emulation_failure(vm: Vm, args: Args) -> int:
 
 def memory_fault(vcpu: Vcpu, gpa: int, size: int, flags: int) -> None:
     """Fill kvm_run for a KVM_RUN that fails with EFAULT because of guest memory."""
+    if not vcpu.vm.kernel.behaviour.memory_fault_exit:
+        return
     run = vcpu.kvm_run
     run.exit_reason = uapi.KVM_EXIT_MEMORY_FAULT
     run.memory_fault.flags = flags
@@ -333,13 +344,15 @@ def handle_ept_violation(vcpu: Vcpu) -> Outcome:
         return event_vectoring_error(vcpu, gpa)
     # A write to a READONLY slot: once more, with writes to this frame coming out as MMIO.
     outcome = complete_instruction(vcpu)
-    vcpu.cpu.ctl.emulate_gfn = NO_GFN
+    vcpu.cpu.ctl.emulate_gfn = vcpu.cpu.ctl.emulate_gfn2 = NO_GFN
     return outcome
 
 
 @on_exit(lib.EXIT_HOST_FAULT)
 def handle_host_fault(vcpu: Vcpu) -> Outcome:
-    """Host memory that was mapped for the guest is gone, and nobody told us.
+    """Host memory is not what it was when it was mapped for the guest, and nobody told us.
+
+    The translations go, so that the access faults and finds out page by page what there is.
 
     Errors:
         EFAULT  the slot's host memory is not there
@@ -352,8 +365,13 @@ def handle_host_fault(vcpu: Vcpu) -> Outcome:
         offset = hva - slot.userspace_addr
         if 0 <= offset < slot.npages << 12:
             gpa = (slot.base_gfn << 12) + (offset & ~0xFFF)
-            memory_fault(vcpu, gpa, 0x1000, 0)
-            raise KvmError(EFAULT, f"host memory at {hva:#x} behind gpa {gpa:#x} is gone")
+            here = (int(hva), int(vcpu.cpu.stats.insns))
+            if vcpu.last_host_fault == here:
+                memory_fault(vcpu, gpa, 0x1000, 0)
+                raise KvmError(EFAULT, f"host memory at {hva:#x} behind gpa {gpa:#x} is gone")
+            vcpu.last_host_fault = here
+            vcpu.vm.mmu.host_fault(vcpu.as_id, slot, gpa >> 12)
+            return RESUME
     # The slot went, too; the processor must not look there again.
     vcpu.cpu.flush_tlb()
     return RESUME

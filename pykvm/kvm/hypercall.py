@@ -41,7 +41,8 @@ def handle_vmcall(vcpu: Vcpu) -> Outcome:
     magic = gpr[RAX] & _MASK32 == OSI_MAGIC_RAX and gpr[RBX] & _MASK32 == OSI_MAGIC_RBX
     if vcpu.osi_enabled and magic:
         return _osi_exit(vcpu)
-    patched = vcpu.cpu.exit.qualification == _VMMCALL
+    # Of the other vendor than this processor.
+    patched = (vcpu.cpu.exit.qualification == _VMMCALL) is not vcpu.vm.processor.is_amd
     if patched and not has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN):
         vcpu.events.queue_exception(vcpu, uapi.UD_VECTOR)
         return RESUME

@@ -110,7 +110,8 @@ def _pio_out(vcpu: Vcpu, port: int, size: int, data: int, string: int) -> Outcom
     if trace.kvm_pio.enabled:
         trace.kvm_pio(direction="write", port=port, size=size, count=1, val=data)
     if not string:
-        if port == _PORT_7E and has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
+        quirk = port == _PORT_7E and has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP)
+        if quirk or not vcpu.vm.kernel.behaviour.out_waits:
             vcpu.cpu.skip()
         else:
             vcpu.complete_userspace_io = _complete_pio_out

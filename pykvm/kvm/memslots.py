@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from errno import EEXIST, EINVAL
 from typing import TYPE_CHECKING
 
-from pykvm.abi import CData, Gfn, Gpa, Hva, uapi
+from pykvm.abi import CData, Gfn, Gpa, Hva, ffi, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, vm_ioctl
-from pykvm.abi.uaccess import copy_from_user, copy_to_user
+from pykvm.abi.uaccess import address_of, copy_from_user, copy_to_user
 from pykvm.mmu.slots import PAGE_SHIFT, Change, Memslot, Memslots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
 PAGE_SIZE = 1 << PAGE_SHIFT
 TASK_SIZE_MAX = 0x7FFF_FFFF_F000
-# Slot numbers behind the user's are the kernel's own (TSS, identity map, APIC page).
-KVM_INTERNAL_MEM_SLOTS = 3
-KVM_USER_MEM_SLOTS = 0x7FFF - KVM_INTERNAL_MEM_SLOTS
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
 # A frame number behind this one fits no page table entry: 52-bit physical addresses.
 MAX_GFN = (1 << (52 - PAGE_SHIFT)) - 1
@@ -41,11 +40,16 @@ class Region:
 def set_memory_region(vm: Vm, region: Region) -> int:
     """Create, move, re-flag or delete a slot; the checks are kvm_set_memory_region()'s, in its order."""
     as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
+    strict = vm.kernel.behaviour.strict_memslots
+    if not strict:
+        region = dataclasses.replace(region, flags=region.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES)
     _check_region(vm, region, as_id, slot_id)
     with vm.slots_lock:
         slots = vm.memslots[as_id]
         old = slots.by_id.get(slot_id)
         if not region.memory_size:
+            if old is None and not strict:
+                return 0
             if old is None:
                 raise KvmError(EINVAL, f"slot {slot_id}: nothing to delete")
             _commit(vm, old, None, Change.DELETE, as_id)
@@ -55,7 +59,8 @@ def set_memory_region(vm: Vm, region: Region) -> int:
             slot_id,
             Gfn(region.guest_phys_addr >> PAGE_SHIFT),
             region.memory_size >> PAGE_SHIFT,
-            region.userspace_addr,
+            # Old kernels kept a slot's address, whatever a later call said.
+            old.userspace_addr if old is not None and not strict else region.userspace_addr,
             region.flags,
         )
         change = _classify(old, new)
@@ -72,8 +77,8 @@ def set_memory_region(vm: Vm, region: Region) -> int:
 
 def _check_region(vm: Vm, region: Region, as_id: int, slot_id: int) -> None:
     """Raise EINVAL for what is wrong whatever the slots are."""
-    if slot_id >= KVM_USER_MEM_SLOTS:
-        raise KvmError(EINVAL, f"slot {slot_id}: only {KVM_USER_MEM_SLOTS} slots")
+    if slot_id >= vm.kernel.limits.memslots:
+        raise KvmError(EINVAL, f"slot {slot_id}: only {vm.kernel.limits.memslots} slots")
     if region.flags & ~(uapi.KVM_MEM_LOG_DIRTY_PAGES | uapi.KVM_MEM_READONLY):
         raise KvmError(EINVAL, f"slot {slot_id}: unknown flags {region.flags:#x}")
     if region.memory_size % PAGE_SIZE or region.guest_phys_addr % PAGE_SIZE:
@@ -86,6 +91,33 @@ def _check_region(vm: Vm, region: Region, as_id: int, slot_id: int) -> None:
         raise KvmError(EINVAL, f"slot {slot_id}: gpa range wraps around")
     if region.memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:
         raise KvmError(EINVAL, f"slot {slot_id}: more than {KVM_MEM_MAX_NR_PAGES} pages")
+
+
+def set_private_region(vm: Vm, slot_id: int, gpa: Gpa, npages: int, *, replace: bool) -> None:
+    """Make a slot of KVM's own, on memory of its own, in every address space (__x86_set_memory_region).
+
+    replace: one that is there moves.
+
+    Errors:
+        EEXIST  it is there; another slot is
+        EINVAL  gpa is not page-aligned
+    """
+    with vm.slots_lock:
+        if slot_id in vm.private_memory and not replace:
+            raise KvmError(EEXIST, f"slot {slot_id} exists")
+        if gpa % PAGE_SIZE:
+            raise KvmError(EINVAL, f"slot {slot_id}: gpa {gpa:#x} is not page-aligned")
+        gfn = Gfn(gpa >> PAGE_SHIFT)
+        if any(slots.overlaps(gfn, npages, slot_id) for slots in vm.memslots):
+            raise KvmError(EEXIST, f"slot {slot_id}: {gpa:#x} overlaps another slot")
+        memory = vm.private_memory.setdefault(slot_id, mmap.mmap(-1, npages << PAGE_SHIFT))
+        hva = Hva(address_of(ffi.from_buffer(memory)))
+        for as_id in range(len(vm.memslots)):
+            old = vm.memslots[as_id].by_id.get(slot_id)
+            new = Memslot(as_id, slot_id, gfn, npages, hva, 0)
+            change = Change.CREATE if old is None else _classify(old, new)
+            if change is not None:
+                _commit(vm, old, new, change, as_id)
 
 
 def _classify(old: Memslot | None, new: Memslot) -> Change | None:
@@ -187,9 +219,17 @@ def write_guest(vm: Vm, gpa: int, data: bytes, as_id: int = 0) -> bool:
             copy_to_user(slot.hva(at >> PAGE_SHIFT) + at % PAGE_SIZE, data[done : done + n])
         except KvmError:
             return False
-        vm.mmu.mark_page_dirty(slot, at >> PAGE_SHIFT)
+        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT, running_vcpu(vm))
         done += n
     return True
+
+
+def running_vcpu(vm: Vm) -> Vcpu | None:
+    """Return the vCPU whose ioctl this thread is in (kvm_get_running_vcpu); only dirty rings ask."""
+    if not vm.dirty_ring_size:
+        return None
+    # An RLock tells who owns it, but the type stubs do not.
+    return next((vcpu for vcpu in vm.vcpus.values() if vcpu.mutex._is_owned()), None)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def hva_ranges(vm: Vm) -> tuple[tuple[int, int], ...]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from pykvm.abi import lib, uapi
 from pykvm.abi.errors import KvmError
-from pykvm.abi.ioctl import Value, vm_ioctl
+from pykvm.abi.ioctl import Ignored, Value, vm_ioctl
 from pykvm.kvm.caps import capability
 from pykvm.kvm.exits import (
+    HANDLERS,
     NO_GFN,
     RESUME,
     Outcome,
@@ -19,7 +20,7 @@ from pykvm.kvm.exits import (
     tpr_lowered,
 )
 from pykvm.mmu import KVM_MIN_ALLOC_MMU_PAGES, RetPf
-from pykvm.mmu.walk import Fault
+from pykvm.mmu.walk import CR0_ROLE_BITS, CR4_ROLE_BITS, Fault
 
 if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 capability("KVM_CAP_MMU_SHADOW_CACHE_CONTROL", 1)
 _VALID = lib.CPU_EVENT_VALID
-_CR3, _CR8 = 3, 8
+_EXIT_NONE = lib.EXIT_NONE
+_CR0, _CR3, _CR4, _CR8 = 0, 3, 4, 8
+# An instruction that runs into more watched frames than this has its tables unprotected instead.
+_EMULATED_FRAMES = 8
+# SDM vol. 3 4.4.1: what has the PDPTEs read again.
+_CR0_PDPTR_BITS = uapi.X86_CR0_CD | uapi.X86_CR0_NW | uapi.X86_CR0_PG
+_CR4_PDPTR_BITS = uapi.X86_CR4_PAE | uapi.X86_CR4_PGE | uapi.X86_CR4_PSE | uapi.X86_CR4_SMEP
 
 
 @on_exit(lib.EXIT_PAGE_FAULT)
@@ -36,41 +43,92 @@ def handle_page_fault(vcpu: Vcpu) -> Outcome:
 
     Errors:
         EFAULT  the slot's host memory is not there
+        ENOSPC  there is no shadow page left
     """
-    ex, ctl = vcpu.cpu.exit, vcpu.cpu.ctl
+    ex, mmu = vcpu.cpu.exit, vcpu.vm.mmu
     gla = int(ex.gla)
     vectoring = ex.idt_vectoring.info & _VALID
     if vectoring:
         vcpu.events.requeue(vcpu)
-    result = vcpu.vm.mmu.page_fault(vcpu, gla, int(ex.error_code))
+    result = mmu.page_fault(vcpu, gla, int(ex.error_code))
     if isinstance(result, Fault):
         vcpu.events.queue_exception(vcpu, uapi.PF_VECTOR, result.error_code, gla)
         return RESUME
+    if result is RetPf.WRITE_PROTECTED:
+        gfn = int(vcpu.cpu.ctl.emulate_gfn)
+        if vectoring:
+            # The delivery of an event cannot be emulated; what it writes to is no table any more, anyway.
+            _stop_emulating(vcpu)
+            mmu.unprotect_gfn(gfn, vcpu.as_id)
+            return RESUME
+        return _emulate_table_write(vcpu, gfn)
     if result is not RetPf.EMULATE:
         return RESUME
     if vectoring:
-        ctl.emulate_gfn = NO_GFN
+        _stop_emulating(vcpu)
         return event_vectoring_error(vcpu, gla)
     outcome = complete_instruction(vcpu)
-    ctl.emulate_gfn = NO_GFN
+    _stop_emulating(vcpu)
     return outcome
+
+
+def _emulate_table_write(vcpu: Vcpu, gfn: int) -> Outcome:
+    """Do an instruction that writes to a watched table (x86_emulate_instruction with EMULTYPE_PF).
+
+    What cannot be done so, because it writes too much or to too many watched frames, finds the table
+    unprotected and is executed as any other.
+    """
+    mmu, frames = vcpu.vm.mmu, 0
+    # One at a time, so that a LOCKed instruction is atomic: all writes to watched tables come by here.
+    with mmu.lock:
+        while True:
+            reason = vcpu.cpu.complete()
+            if reason == _EXIT_NONE:
+                return RESUME
+            nested = reason == lib.EXIT_PAGE_FAULT
+            frames += nested
+            if reason == lib.EXIT_EMULATION or frames > _EMULATED_FRAMES:
+                _stop_emulating(vcpu)
+                if mmu.unprotect_gfn(gfn, vcpu.as_id):
+                    return RESUME
+            elif nested:
+                ex = vcpu.cpu.exit
+                result = mmu.page_fault(vcpu, int(ex.gla), int(ex.error_code))
+                if isinstance(result, Fault):
+                    _stop_emulating(vcpu)
+                    vcpu.events.queue_exception(vcpu, uapi.PF_VECTOR, result.error_code, int(ex.gla))
+                    return RESUME
+                continue
+            outcome = HANDLERS[reason](vcpu)
+            _stop_emulating(vcpu)
+            return outcome
+
+
+def _stop_emulating(vcpu: Vcpu) -> None:
+    ctl = vcpu.cpu.ctl
+    ctl.emulate_gfn = ctl.emulate_gfn2 = NO_GFN
 
 
 @on_exit(lib.EXIT_CR_ACCESS)
 def handle_cr_access(vcpu: Vcpu) -> Outcome:
     """CR8 was lowered; or, with shadow paging, the tables mean something else now."""
-    mmu, ex = vcpu.vm.mmu, vcpu.cpu.exit
-    register = int(ex.qualification)
+    mmu, ex, guest = vcpu.vm.mmu, vcpu.cpu.exit, vcpu.cpu.guest
+    register, old = int(ex.qualification), int(ex.gla)
     if register == _CR8:
         return tpr_lowered(vcpu)
-    if not mmu.load_pdptrs(vcpu):
-        # The processor wrote the register before anybody could look at the PDPTEs.
-        vcpu.cpu.guest.rip -= ex.insn_len
+    changed = old ^ int(guest.cr3 if register == _CR3 else guest.cr0 if register == _CR0 else guest.cr4)
+    pdptr_bits = {_CR0: _CR0_PDPTR_BITS, _CR4: _CR4_PDPTR_BITS}.get(register)
+    if (pdptr_bits is None or changed & pdptr_bits) and not mmu.load_pdptrs(vcpu):
+        # The processor wrote the register before anybody could look at the PDPTEs: as if it had not.
+        setattr(guest, f"cr{register}", old)
+        guest.rip -= ex.insn_len
+        vcpu.cpu.state_changed()
         vcpu.events.inject_gp(vcpu)
-    if register == _CR3:
+        return RESUME
+    if register == _CR3 or changed & (CR0_ROLE_BITS if register == _CR0 else CR4_ROLE_BITS):
+        mmu.paging_changed(vcpu)
+    elif register == _CR4 and changed & (uapi.X86_CR4_PGE | uapi.X86_CR4_PCIDE):
         mmu.new_cr3(vcpu)
-    else:
-        mmu.reset_context(vcpu)
     return RESUME
 
 
@@ -98,5 +156,21 @@ def set_nr_mmu_pages(vm: Vm, count: int) -> int:
     if count < KVM_MIN_ALLOC_MMU_PAGES:
         raise KvmError(EINVAL, f"{count} shadow pages: at least {KVM_MIN_ALLOC_MMU_PAGES}")
     with vm.slots_lock:
+        vm.n_requested_mmu_pages = count
         vm.mmu.set_limit(count)
     return 0
+
+
+@vm_ioctl(
+    "KVM_GET_NR_MMU_PAGES", Ignored(), cap="KVM_CAP_MMU_SHADOW_CACHE_CONTROL", removed="6.4"
+)
+def get_nr_mmu_pages(vm: Vm) -> int:
+    """Return the limit for shadow pages: as set, or one for every fifty pages of memory.
+
+    Errors: none
+    Source: api.txt 4.47 of old kernels; x86.c kvm_vm_ioctl_get_nr_mmu_pages
+    """
+    if vm.n_requested_mmu_pages:
+        return vm.n_requested_mmu_pages & 0x7FFF_FFFF
+    npages = sum(slot.npages for slots in vm.memslots for slot in slots.ordered)
+    return max(KVM_MIN_ALLOC_MMU_PAGES, npages // 50) if npages else 0

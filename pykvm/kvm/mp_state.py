@@ -45,7 +45,8 @@ def set_mp_state(vcpu: Vcpu, new: CData) -> int:
     Source: api.rst 4.39; x86.c kvm_arch_vcpu_ioctl_set_mpstate
     """
     state = new.mp_state
-    if state != uapi.KVM_MP_STATE_RUNNABLE and not (state in _WITH_LAPIC and vcpu.lapic_in_kernel):
+    strict = vcpu.vm.kernel.behaviour.strict_mp_state
+    if strict and state != uapi.KVM_MP_STATE_RUNNABLE and not (state in _WITH_LAPIC and vcpu.lapic_in_kernel):
         raise KvmError(EINVAL, f"mp_state {state}")
     vcpu.mp_state = state
     vcpu.events.requested = True

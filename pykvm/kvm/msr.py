@@ -178,7 +178,7 @@ def write_only(*indices: int) -> None:
 def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int:
     """Return a register.  Raises MsrError."""
     row = MSRS.get(index)
-    if row is None:
+    if row is None or index in vcpu.vm.absent_msrs:
         raise unsupported()
     try:
         return row.read(vcpu, index, host)
@@ -192,7 +192,7 @@ def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int:
 def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> None:
     """Write a register.  Raises MsrError."""
     row = MSRS.get(index)
-    if row is None:
+    if row is None or index in vcpu.vm.absent_msrs:
         raise unsupported()
     if row.write is None:
         raise invalid()
@@ -270,17 +270,40 @@ def get_feature_msrs(system: System, a: ArrayArg) -> int:
         E2BIG  256 or more
     Source: api.rst 4.18; x86.c do_get_feature_msr
     """
-    del system
+    tell = _features(system)
+    known = frozenset(_saved(system)) if system.kernel.msrs.others_on_system else frozenset()
 
     def read(entry: CData) -> None:
-        row = MSRS.get(entry.index)
-        if row is None or not (row.save or row.feature is not None):
+        index = entry.index
+        if index not in tell and index not in known:
             raise unsupported()
-        entry.data = row.feature or 0
+        entry.data = tell.get(index, 0)
 
     done = _each(a.entries, a.n, read)
     a.reply(a.entries)
     return done
+
+
+def _saved(system: System) -> list[int]:
+    """Return what KVM_GET_MSR_INDEX_LIST names, in the order of this kernel."""
+    listed, missing = system.kernel.msrs.save, set(system.absent_msrs)
+    if not any(system.offer.has(name) for name in ("RDTSCP", "RDPID")):
+        missing.add(uapi.MSR_TSC_AUX)
+    order = MSRS if listed is None else (index for index in listed if index in MSRS)
+    return [index for index in order if MSRS[index].save and index not in missing]
+
+
+def _features(system: System) -> dict[int, int]:
+    """Return the registers that tell features, and what they tell."""
+    known = system.kernel.msrs.feature
+    found = {
+        index: row.feature
+        for index, row in MSRS.items()
+        if row.feature is not None and index not in system.absent_msrs and (known is None or index in known)
+    }
+    if uapi.MSR_IA32_UCODE_REV in found:
+        found[uapi.MSR_IA32_UCODE_REV] = system.processor.microcode
+    return found
 
 
 _MSR_LIST = Array(
@@ -305,8 +328,7 @@ def get_msr_index_list(system: System, a: ArrayArg) -> int:
         E2BIG  too little room; the count needed is told
     Source: api.rst 4.3; x86.c kvm_arch_dev_ioctl
     """
-    del system
-    return _answer_list(a, (index for index, row in MSRS.items() if row.save))
+    return _answer_list(a, _saved(system))
 
 
 @system_ioctl("KVM_GET_MSR_FEATURE_INDEX_LIST", _MSR_LIST, cap="KVM_CAP_GET_MSR_FEATURES")
@@ -317,8 +339,7 @@ def get_msr_feature_index_list(system: System, a: ArrayArg) -> int:
         E2BIG  too little room; the count needed is told
     Source: api.rst 4.3; x86.c kvm_arch_dev_ioctl
     """
-    del system
-    return _answer_list(a, (index for index, row in MSRS.items() if row.feature is not None))
+    return _answer_list(a, _features(system))
 
 
 # ---- the instructions ----------------------------------------------------------------------------

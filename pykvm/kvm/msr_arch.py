@@ -8,7 +8,6 @@ from pykvm.abi import lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.kvm import clock
 from pykvm.kvm.caps import Args, vm_cap
-from pykvm.kvm.cpuid import EFER_SUPPORTED
 from pykvm.kvm.msr import (
     RESET_VALUES,
     Check,
@@ -80,7 +79,9 @@ def _sysenter_address(index: int, name: str) -> None:
     @row.writer
     def _write(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
         del index, host
-        setattr(vcpu.cpu.guest, name, canonical(vcpu, data))
+        # svm.c svm_set_msr: what AMD's keep of them has 32 bits.
+        truncated = vcpu.vm.processor.is_amd and vcpu.cpuid.is_amd_compatible
+        setattr(vcpu.cpu.guest, name, data & 0xFFFF_FFFF if truncated else canonical(vcpu, data))
 
 
 _sysenter_address(uapi.MSR_IA32_SYSENTER_ESP, "sysenter_esp")
@@ -143,7 +144,7 @@ def _write_efer(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     del index
     guest = vcpu.cpu.guest
     old = guest.efer
-    if data & ~EFER_SUPPORTED:
+    if data & ~vcpu.vm.system.offer.efer:
         raise invalid()
     if not host:
         if data & ~vcpu.cpu.ctl.efer_valid:
@@ -154,7 +155,10 @@ def _write_efer(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     vcpu.cpu.state_changed()
     if (old ^ guest.efer) & uapi.EFER_NX:
         vcpu.cpu.flush_tlb()
-        vcpu.vm.mmu.reset_context(vcpu)
+        if host:
+            vcpu.vm.mmu.reset_context(vcpu)
+        else:
+            vcpu.vm.mmu.paging_changed(vcpu)
 
 
 @msr(uapi.MSR_IA32_DEBUGCTLMSR, save=True)

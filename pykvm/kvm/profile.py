@@ -65,7 +65,6 @@ class KernelCpuid:
     `out_of_range`: what a leaf that is not there gives: "vendor": by the table's vendor, "basic": the
     highest basic leaf for all, "half": the highest leaf of the same half.
     `any_after_run`: a vCPU that has run takes another table.
-    `emulated_leaf_7`: KVM_GET_EMULATED_CPUID has RDPID.
     """
 
     max_basic: int = 0x24
@@ -80,7 +79,6 @@ class KernelCpuid:
     guest_phys_bits: bool = True
     out_of_range: str = "vendor"
     any_after_run: bool = False
-    emulated_leaf_7: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +103,16 @@ class Behaviour:
     `immediate_exit`: kvm_run.immediate_exit is looked at.  `sync_regs`: kvm_valid_regs and
     kvm_dirty_regs are.  `memory_fault_exit`: a KVM_RUN that fails for want of memory says where.
     `out_waits`: rip stays on an OUT until it is completed.  `emulation_failure_data`: such exits carry
-    the instruction.  `last_cpu`: and DELIVERY_EV exits the host's processor.
+    the instruction.  `delivery_event_gpa`, `last_cpu`: DELIVERY_EV exits always carry the address, and
+    the host's processor.
     `mwait_is_nop`: MONITOR and MWAIT do nothing instead of raising #UD.
     `quirks`: KVM_X86_QUIRK_* that can be turned off, None: all.  `quirks_add_up`: each call turns more
     of them off.  `master_clock`: kvmclock can be one clock of all vCPUs.  `clock_set_flags`: flags
     KVM_SET_CLOCK takes.  `tsc_khz_fixed`: the VM's TSC frequency is, once it has vCPUs.
     `vcpu_events_get`: flags always in KVM_GET_VCPU_EVENTS; `vcpu_events_set`: those that can be set.
-    `tss_slot_always`: KVM_SET_TSS_ADDR makes a slot on every processor of Intel's.  `tss_addr_errno`:
-    its error for a bad address.  `strict_memslots`: flags, address and existence of slots are checked.
+    `tss_slot_always`: KVM_SET_TSS_ADDR makes a slot on every processor of Intel's; `tss_slot_replaced`:
+    and may be called again.  `tss_addr_errno`: its error for a bad address.
+    `strict_memslots`: flags, address and existence of slots are checked.
     `strict_identity_map`, `strict_debugregs`, `strict_mp_state`: arguments of these are.
     """
 
@@ -121,6 +121,7 @@ class Behaviour:
     memory_fault_exit: bool = True
     out_waits: bool = True
     emulation_failure_data: bool = True
+    delivery_event_gpa: bool = True
     last_cpu: bool = True
     mwait_is_nop: bool = True
     quirks: int | None = None
@@ -141,6 +142,7 @@ class Behaviour:
         | uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
     )
     tss_slot_always: bool = False
+    tss_slot_replaced: bool = False
     tss_addr_errno: int = errno.EINVAL
     strict_memslots: bool = True
     strict_identity_map: bool = True
@@ -333,7 +335,7 @@ def processor(name: str = DEFAULT_PROCESSOR) -> Processor:
     table["features"] = _features(table.get("features", []))
     table["caches"] = tuple(_fill(Cache, cache_) for cache_ in table.get("caches", []))
     table["leaves"] = MappingProxyType({int(k, 16): _registers(v) for k, v in table.pop("leaves", {}).items()})
-    table["absent_msrs"] = frozenset(_msr(index) for index in table.get("absent_msrs", []))
+    table["absent_msrs"] = frozenset(_msrs(table.get("absent_msrs", [])))
     found = _fill(Processor, {"name": name, **table})
     if found.vendor not in VENDORS:
         raise ProfileError(f"vendor {found.vendor}")
@@ -409,8 +411,13 @@ def _constant(name: str | int) -> int:
     return value
 
 
-def _msr(name: str | int) -> int:
-    return _constant(name)
+def _msrs(names: list[Any]) -> tuple[int, ...]:
+    """Return registers by name or number; ["MSR_IA32_MC0_CTL2", 32] stands for 32 from there."""
+    found: list[int] = []
+    for name in names:
+        first, count = name if isinstance(name, list) else (name, 1)
+        found += range(_constant(first), _constant(first) + count)
+    return tuple(found)
 
 
 def _kernel_cpuid(table: dict[str, Any]) -> dict[str, Any]:
@@ -426,10 +433,10 @@ def _kernel_cpuid(table: dict[str, Any]) -> dict[str, Any]:
 
 def _kernel_msrs(table: dict[str, Any]) -> dict[str, Any]:
     if "save" in table:
-        table["save"] = tuple(_msr(name) for name in table["save"])
+        table["save"] = _msrs(table["save"])
     for key in ("absent", "feature"):
         if key in table:
-            table[key] = frozenset(_msr(name) for name in table[key])
+            table[key] = frozenset(_msrs(table[key]))
     return table
 
 

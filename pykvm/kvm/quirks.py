@@ -10,6 +10,7 @@ from pykvm.abi.errors import KvmError
 from pykvm.kvm.caps import Args, vm_cap
 
 if TYPE_CHECKING:
+    from pykvm.kvm.system import System
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
@@ -26,6 +27,12 @@ SUPPORTED = (
 )
 
 
+def supported(of: Vm | System) -> int:
+    """Return the quirks that this kernel lets a client turn off."""
+    known = of.system.kernel.behaviour.quirks
+    return SUPPORTED if known is None else SUPPORTED & known
+
+
 def has_quirk(vm: Vm, quirk: int) -> bool:
     """Say if a KVM_X86_QUIRK_* is on."""
     return not vm.disabled_quirks & quirk
@@ -33,8 +40,8 @@ def has_quirk(vm: Vm, quirk: int) -> bool:
 
 def update_mwait(vcpu: Vcpu) -> None:
     """Make MONITOR and MWAIT undefined without their CPUID bit, or let them do nothing."""
-    never = has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
-    offered = vcpu.cpuid.word("1_ECX") >> uapi.CPUID_1_ECX_MONITOR & 1
+    never = vcpu.vm.kernel.behaviour.mwait_is_nop and has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
+    offered = vcpu.vm.kernel.behaviour.mwait_is_nop and vcpu.cpuid.word("1_ECX") >> uapi.CPUID_1_ECX_MONITOR & 1
     vcpu.events.set_control(vcpu, lib.CPU_MWAIT_UD, on=not never and not offered)
 
 
@@ -45,12 +52,13 @@ def disable_quirks(vm: Vm, args: Args) -> int:
     Errors: none
     Source: api.rst 7.6
     """
-    vm.disabled_quirks |= args[0] & SUPPORTED
+    disabled = args[0] & supported(vm)
+    vm.disabled_quirks = disabled | (vm.disabled_quirks if vm.kernel.behaviour.quirks_add_up else 0)
     _apply(vm)
     return 0
 
 
-@vm_cap("KVM_CAP_DISABLE_QUIRKS2", SUPPORTED)
+@vm_cap("KVM_CAP_DISABLE_QUIRKS2", supported)
 def disable_quirks2(vm: Vm, args: Args) -> int:
     """Turn the quirks of args[0] off for good.
 
@@ -58,8 +66,8 @@ def disable_quirks2(vm: Vm, args: Args) -> int:
         EINVAL  an unknown quirk
     Source: api.rst 7.30
     """
-    if args[0] & ~SUPPORTED:
-        raise KvmError(EINVAL, f"quirks {args[0]:#x}: only {SUPPORTED:#x} are known")
+    if args[0] & ~supported(vm):
+        raise KvmError(EINVAL, f"quirks {args[0]:#x}: only {supported(vm):#x} are known")
     return disable_quirks(vm, args)
 
 

@@ -42,6 +42,15 @@ SREGS_ORDER = (
     lib.CPU_SEG_TR,
     lib.CPU_SEG_LDTR,
 )
+# Bits of the type that are always set.  Intel's processors want what old clients leave clear
+# (vmx.c __vmx_set_segment); AMD's take it, and give back some as if set (svm.c svm_get_segment).
+_INTEL_CORRECTED = dict.fromkeys(set(SREGS_ORDER) - {lib.CPU_SEG_LDTR}, uapi.SEG_TYPE_ACCESSED)
+_AMD_CORRECTED = {
+    **dict.fromkeys(
+        (lib.CPU_SEG_DS, lib.CPU_SEG_ES, lib.CPU_SEG_FS, lib.CPU_SEG_GS), uapi.SEG_TYPE_ACCESSED
+    ),
+    lib.CPU_SEG_TR: 2,
+}
 _SEGMENTS = ffi.offsetof("struct vmcs", "guest", "seg")
 _APIC_BASE_RESERVED = 0x2FF
 _RESET_CS_BASE = 0xFFFF_0000
@@ -128,12 +137,10 @@ def _read_segments(vcpu: Vcpu, out: memoryview) -> None:
 
 def _write_segments(vcpu: Vcpu, new: memoryview) -> None:
     memory = vcpu.cpu.memory
+    corrected = _AMD_CORRECTED if vcpu.vm.processor.is_amd else _INTEL_CORRECTED
     for at, segment in enumerate(SREGS_ORDER):
         base, limit, selector, flags = _KVM_SEGMENT.unpack_from(new, at * _KVM_SEGMENT.size)
-        ar = _access_rights(flags)
-        if segment != lib.CPU_SEG_LDTR:
-            # vmx.c __vmx_set_segment: old clients leave Accessed clear, the processor wants it set.
-            ar |= uapi.SEG_TYPE_ACCESSED
+        ar = _access_rights(flags) | corrected.get(segment, 0)
         offset = _SEGMENTS + segment * _CPU_SEGMENT.size
         _CPU_SEGMENT.pack_into(memory, offset, base, limit, ar, selector)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from errno import EINVAL
+from typing import TYPE_CHECKING
 
 from pykvm.abi import uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import NoArg, Value, system_ioctl
 from pykvm.fd.table import anon_inode_getfd
+from pykvm.kvm import profile
+from pykvm.kvm.offer import offer
 from pykvm.kvm.vm import VCPU_MMAP_SIZE, Vm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # What a client can ask for; without it pykvm answers as upstream x86 does with its defaults.
 # no-tdp: shadow paging instead of two-dimensional (kvm_intel.ept=0).
@@ -18,20 +24,38 @@ EXTENSIONS = frozenset({"x86-osi", "no-tdp"})
 class System:
     """What one open of /dev/kvm is: the options its VMs are made with.
 
-    `extensions`: names of `EXTENSIONS` that are on.
+    `extensions`: names of `EXTENSIONS` that are on.  `kernel`, `processor`: what it claims to be;
+    `offer`: what follows for CPUID; `absent_msrs`: registers that either has not.
     """
 
-    def __init__(self, extensions: frozenset[str] = frozenset()) -> None:
-        """Take the options.  Raises ValueError for an extension that does not exist."""
-        if unknown := extensions - EXTENSIONS:
+    def __init__(
+        self, extensions: Iterable[str] = (), *, kernel: str | None = None, cpu: str | None = None
+    ) -> None:
+        """Take the options.
+
+        kernel, cpu: names of profiles; None: the default.
+        Raises ValueError for an extension or a profile that does not exist.
+        """
+        self.kernel = profile.kernel(kernel or profile.DEFAULT_KERNEL)
+        self.processor = profile.processor(cpu or profile.DEFAULT_PROCESSOR)
+        self.extensions = frozenset(extensions) | self.kernel.extensions
+        if not self.processor.two_dimensional_paging:
+            self.extensions |= {"no-tdp"}
+        if unknown := self.extensions - EXTENSIONS:
             msg = f"no extension {', '.join(sorted(unknown))}; there are {', '.join(sorted(EXTENSIONS))}"
             raise ValueError(msg)
-        self.extensions = extensions
+        self.offer = offer(self.kernel, self.processor)
+        self.absent_msrs = self.kernel.msrs.absent | self.processor.absent_msrs
 
     @property
     def system(self) -> System:
         """Return itself: a capability is asked of a System or a Vm, and both have `system`."""
         return self
+
+    @property
+    def absent_requests(self) -> frozenset[int]:
+        """Requests on /dev/kvm that its kernel does not know."""
+        return profile.absent_requests(self.kernel, "system")
 
     def open(self, *, cloexec: bool = True) -> int:
         """Open the device and return a descriptor that the caller owns.  Raises EMFILE, ENFILE."""

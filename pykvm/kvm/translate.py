@@ -27,7 +27,7 @@ def gva_to_gpa(vcpu: Vcpu, gla: int) -> int | None:
     paging = paging_of(guest, vcpu.cpuid.has("GBPAGES"), vcpu.cpuid.maxphyaddr)
     want = Access(ac=bool(guest.rflags & uapi.X86_EFLAGS_AC))
     tables = GuestTables(vcpu.vm, vcpu.as_id)
-    found = walk_addr(paging, gla, want, tables.read, tables.set_bits)
+    found = walk_addr(paging, gla, want, tables)
     return (found.gfn << 12) | gla & _OFFSET if isinstance(found, Walk) else None
 
 

@@ -23,12 +23,14 @@ from pykvm.kvm.debug import GuestDebug
 from pykvm.kvm.events import Events
 from pykvm.kvm.exits import EXIT_NAMES, HANDLERS, NO_GFN, RESUME, USERSPACE, Outcome, memory_fault
 from pykvm.kvm.msr import MsrState
+from pykvm.kvm.profile import absent_requests
 from pykvm.kvm.signals import signal_pending
-from pykvm.mmu import MemoryFault
+from pykvm.mmu import MemoryFault, VcpuStat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pykvm.kvm.dirty_ring import DirtyRing
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.slots import Memslots
 
@@ -71,6 +73,7 @@ class Vcpu:
         self.run_memory = memoryview(b"")
         self.as_id = 0
         self.mp_state: int = uapi.KVM_MP_STATE_RUNNABLE
+        self.sipi_vector = 0
         self.complete_userspace_io: Callable[[Vcpu], Outcome] | None = None
         self.pending_linear_rip: int | None = None
         self.loaded_memslots: tuple[Memslots, ...] | None = None
@@ -86,6 +89,10 @@ class Vcpu:
         self.lapic_in_kernel: bool = False
         self.pic_in_kernel: bool = False
         self.events = Events()
+        self.stat = VcpuStat()
+        self.dirty_ring: DirtyRing | None = None
+        # Where the host refused an access of the guest's, and how far the guest had come.
+        self.last_host_fault: tuple[int, int] | None = None
         self.apic_base = self._reset_apic_base()
         self.cpuid: GuestCpuid = GuestCpuid()
         self.msrs: MsrState = MsrState()
@@ -108,6 +115,22 @@ class Vcpu:
         if not quirks.has_quirk(self.vm, uapi.KVM_X86_QUIRK_STUFF_FEATURE_MSRS):
             self.msrs.values[uapi.MSR_IA32_ARCH_CAPABILITIES] = 0
             self.msrs.values[uapi.MSR_PLATFORM_INFO] = 0
+
+        if self.vm.processor.is_amd:
+            self._amd_segments()
+        self.msrs.values[uapi.MSR_IA32_UCODE_REV] = self.vm.processor.microcode
+
+    def _amd_segments(self) -> None:
+        """Give CS, SS and TR the types that kvm_amd gives them at reset (svm.c init_vmcb)."""
+        for segment, kind in ((lib.CPU_SEG_CS, 0xA), (lib.CPU_SEG_SS, 2), (lib.CPU_SEG_TR, 3)):
+            register = self.cpu.guest.seg[segment]
+            register.ar = register.ar & ~lib.CPU_AR_TYPE | kind
+        self.cpu.state_changed()
+
+    @property
+    def absent_requests(self) -> frozenset[int]:
+        """Requests on a vCPU that its kernel does not know."""
+        return absent_requests(self.vm.kernel, "vcpu")
 
     @property
     def is_bsp(self) -> bool:
@@ -165,7 +188,8 @@ def run(vcpu: Vcpu) -> int:
         vcpu.signal_mask = mask = blocked if vcpu.sigset is None else vcpu.sigset
         vcpu.cpu.set_signal_mask(mask)
         kvm_run = vcpu.kvm_run
-        immediate_exit = kvm_run.immediate_exit
+        rules = vcpu.vm.kernel.behaviour
+        immediate_exit = kvm_run.immediate_exit if rules.immediate_exit else 0
         kvm_run.flags = 0
         try:
             return _run(vcpu, kvm_run, immediate_exit)
@@ -173,7 +197,7 @@ def run(vcpu: Vcpu) -> int:
             memory_fault(vcpu, *fault.memory_fault)
             raise
         finally:
-            if kvm_run.kvm_valid_regs:
+            if kvm_run.kvm_valid_regs and rules.sync_regs:
                 regs.store_sync_regs(vcpu)
             post_run_save(vcpu)
     finally:
@@ -183,10 +207,11 @@ def run(vcpu: Vcpu) -> int:
 
 
 def _run(vcpu: Vcpu, kvm_run: CData, immediate_exit: int) -> int:
-    if (kvm_run.kvm_valid_regs | kvm_run.kvm_dirty_regs) & ~_SYNC_REGS:
-        raise KvmError(EINVAL, "unknown bits in kvm_valid_regs or kvm_dirty_regs")
-    if kvm_run.kvm_dirty_regs:
-        regs.load_sync_regs(vcpu)
+    if kvm_run.kvm_valid_regs | kvm_run.kvm_dirty_regs and vcpu.vm.kernel.behaviour.sync_regs:
+        if (kvm_run.kvm_valid_regs | kvm_run.kvm_dirty_regs) & ~_SYNC_REGS:
+            raise KvmError(EINVAL, "unknown bits in kvm_valid_regs or kvm_dirty_regs")
+        if kvm_run.kvm_dirty_regs:
+            regs.load_sync_regs(vcpu)
     if not vcpu.lapic_in_kernel:
         cr8 = kvm_run.cr8
         if cr8 & _CR8_RESERVED:
@@ -208,7 +233,8 @@ def vcpu_run(vcpu: Vcpu) -> int:
     """Enter the guest again and again until an exit is the client's."""
     vm, cpu, kvm_run, events = vcpu.vm, vcpu.cpu, vcpu.kvm_run, vcpu.events
     enter = cpu.enter
-    kvm_run.exit_reason = _KVM_EXIT_UNKNOWN
+    if vm.kernel.behaviour.memory_fault_exit:
+        kvm_run.exit_reason = _KVM_EXIT_UNKNOWN
     vcpu.has_run = True
     while True:
         if vcpu.loaded_memslots is not vm.memslots:

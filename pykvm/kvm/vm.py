@@ -13,12 +13,14 @@ from pykvm.abi.ioctl import User, Value, vm_ioctl
 from pykvm.abi.uaccess import UserMemory, address_of
 from pykvm.fd.table import File, anon_inode_getfd
 from pykvm.kvm import memslots
-from pykvm.kvm.caps import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, Args, capability, check_extension, vm_cap
+from pykvm.kvm.caps import Args, capability, check_extension, vm_cap
 from pykvm.kvm.clock import VmClock
+from pykvm.kvm.profile import absent_requests
 from pykvm.kvm.vcpu import Vcpu
 from pykvm.mmu import new_mmu
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
 
     from pykvm.kvm.msr_filter import MsrFilter
@@ -27,13 +29,15 @@ if TYPE_CHECKING:
 PAGE_SIZE = 4096
 # kvm_run, the PIO data page, the coalesced MMIO ring.
 VCPU_MMAP_SIZE = 3 * PAGE_SIZE
-ADDRESS_SPACES = 2
 DEFAULT_IDENTITY_MAP_ADDR = 0xFFFB_C000
 # Three pages end at 4 GiB: x86.c kvm_vm_ioctl_set_tss_addr.
 MAX_TSS_ADDR = 0xFFFF_D000
+TSS_PAGES = 3
+# Number of that slot among KVM's own, which come behind the client's.
+TSS_PRIVATE_MEMSLOT = 0
 
-capability("KVM_CAP_MULTI_ADDRESS_SPACE", ADDRESS_SPACES)
-capability("KVM_CAP_MAX_VCPU_ID", KVM_MAX_VCPU_IDS)
+capability("KVM_CAP_MULTI_ADDRESS_SPACE", lambda of: of.system.kernel.limits.address_spaces)
+capability("KVM_CAP_MAX_VCPU_ID", lambda of: of.system.kernel.limits.vcpu_ids)
 
 
 class _Live:
@@ -71,12 +75,17 @@ class Vm:
 
     `lock`: the kernel's kvm->lock, for what is made and configured; `slots_lock`: kvm->slots_lock.
     `vcpus`: by id, in the order they were made.  `memslots`: one snapshot per address space.
+    `kernel`, `processor`: what it claims to be made by; `absent_msrs`: registers that those have not.
     `tss_addr`, `identity_map_addr`: stored and given back to nobody; this processor needs neither.
+    `private_memory`: behind slots that are KVM's own, by slot.
     """
 
     def __init__(self, system: System) -> None:
         """Make a VM without vCPUs and memory."""
         self.system = system
+        self.kernel = system.kernel
+        self.processor = system.processor
+        self.absent_msrs = system.absent_msrs
         self.lock = threading.RLock()
         self.slots_lock = threading.RLock()
         self.vcpus: dict[int, Vcpu] = {}
@@ -88,6 +97,8 @@ class Vm:
         self.max_halt_poll_ns: int | None = None
         self.dirty_log_manual_protect = False
         self.dirty_log_initially_set = False
+        # Bytes of each vCPU's dirty ring, 0: there are none.
+        self.dirty_ring_size = 0
         self.exception_payload_enabled = False
         self.triple_fault_event = False
         self.exit_on_emulation_error = False
@@ -98,11 +109,18 @@ class Vm:
         self.user_space_msr_mask = 0
         self.msr_filter: MsrFilter | None = None
         self.clock = VmClock()
-        self.memslots = memslots.new_address_spaces(ADDRESS_SPACES)
+        self.memslots = memslots.new_address_spaces(self.kernel.limits.address_spaces)
+        self.private_memory: dict[int, mmap.mmap] = {}
+        self.n_requested_mmu_pages = 0
         self.mmu = new_mmu(self, tdp="no-tdp" not in system.extensions)
         self._users = 0
         self._users_lock = threading.Lock()
         self._run_memory: dict[int, CData] = {}
+
+    @property
+    def absent_requests(self) -> frozenset[int]:
+        """Requests on a VM that its kernel does not know."""
+        return absent_requests(self.kernel, "vm")
 
     # ---- how long it lives
 
@@ -137,7 +155,7 @@ class Vm:
             vcpu.destroy()
         self.vcpus = {}
         self._run_memory = {}
-        self.memslots = memslots.new_address_spaces(ADDRESS_SPACES)
+        self.memslots = memslots.new_address_spaces(len(self.memslots))
         self.mmu.destroy()
 
     # ---- what others ask it
@@ -163,13 +181,14 @@ class Vm:
 
     def create_vcpu(self, vcpu_id: int) -> int:
         """Make a vCPU and return its descriptor.  Errors: see `create_vcpu` below."""
-        if vcpu_id >= KVM_MAX_VCPU_IDS:
-            raise KvmError(EINVAL, f"vCPU id {vcpu_id:#x}: must be below {KVM_MAX_VCPU_IDS}")
+        limits = self.kernel.limits
+        if vcpu_id >= limits.vcpu_ids:
+            raise KvmError(EINVAL, f"vCPU id {vcpu_id:#x}: must be below {limits.vcpu_ids}")
         with self.lock:
-            if self.created_vcpus >= KVM_MAX_VCPUS:
-                raise KvmError(EINVAL, f"the VM has {KVM_MAX_VCPUS} vCPUs already")
+            if self.created_vcpus >= limits.vcpus:
+                raise KvmError(EINVAL, f"the VM has {limits.vcpus} vCPUs already")
             # x86.c kvm_arch_vcpu_precreate: the first vCPU fixes the limit.
-            self.max_vcpu_ids = self.max_vcpu_ids or KVM_MAX_VCPU_IDS
+            self.max_vcpu_ids = self.max_vcpu_ids or limits.vcpu_ids
             if vcpu_id >= self.max_vcpu_ids:
                 raise KvmError(
                     EINVAL, f"vCPU id {vcpu_id}: KVM_CAP_MAX_VCPU_ID was set to {self.max_vcpu_ids}"
@@ -231,7 +250,7 @@ def set_boot_cpu_id(vm: Vm, vcpu_id: int) -> int:
         if vm.created_vcpus:
             raise KvmError(EBUSY, "a vCPU exists")
         # `>` as in the kernel: the limit itself is accepted although no vCPU can have it.
-        if vcpu_id > KVM_MAX_VCPU_IDS or (vm.max_vcpu_ids and vcpu_id > vm.max_vcpu_ids):
+        if vcpu_id > vm.kernel.limits.vcpu_ids or (vm.max_vcpu_ids and vcpu_id > vm.max_vcpu_ids):
             raise KvmError(EINVAL, f"vCPU id {vcpu_id:#x} is out of range")
         vm.boot_cpu_id = vcpu_id
     return 0
@@ -241,14 +260,20 @@ def set_boot_cpu_id(vm: Vm, vcpu_id: int) -> int:
 def set_tss_addr(vm: Vm, address: int) -> int:
     """Store where a processor without unrestricted guest may keep its real-mode TSS: three pages.
 
-    This processor needs none, so that, as on AMD, no slot is made and nothing conflicts.
+    Only an old processor of Intel's, or an old kernel on one of Intel's, puts a slot there.
 
     Errors:
-        EINVAL  the pages do not end below 4 GiB
-    Source: api.rst 4.33; x86.c kvm_vm_ioctl_set_tss_addr, svm.c svm_set_tss_addr
+        EINVAL  the pages do not end below 4 GiB; with a slot: not page-aligned
+        EPERM   the former, up to 2.6.35
+        EEXIST  with a slot: there is another, or this was called before
+    Source: api.rst 4.33; x86.c kvm_vm_ioctl_set_tss_addr, svm.c svm_set_tss_addr, vmx.c vmx_set_tss_addr
     """
+    rules = vm.kernel.behaviour
     if address > MAX_TSS_ADDR:
-        raise KvmError(EINVAL, f"TSS at {address:#x}: above {MAX_TSS_ADDR:#x}")
+        raise KvmError(rules.tss_addr_errno, f"TSS at {address:#x}: above {MAX_TSS_ADDR:#x}")
+    if not vm.processor.is_amd and (rules.tss_slot_always or not vm.processor.unrestricted_guest):
+        slot = vm.kernel.limits.memslots + TSS_PRIVATE_MEMSLOT
+        memslots.set_private_region(vm, slot, Gpa(address), TSS_PAGES, replace=rules.tss_slot_replaced)
     vm.tss_addr = Gpa(address)
     return 0
 
@@ -262,11 +287,12 @@ def set_identity_map_addr(vm: Vm, user: UserMemory, addr: int) -> int:
     Source: api.rst 4.42; x86.c kvm_arch_vm_ioctl
     """
     with vm.lock:
+        strict = vm.kernel.behaviour.strict_identity_map
         # Before the address is read: a bad pointer is EINVAL then, too.
-        if vm.created_vcpus:
+        if vm.created_vcpus and strict:
             raise KvmError(EINVAL, "a vCPU exists")
         given = int.from_bytes(user.read(addr, 8), "little")
-        vm.identity_map_addr = Gpa(given or DEFAULT_IDENTITY_MAP_ADDR)
+        vm.identity_map_addr = Gpa(given or (DEFAULT_IDENTITY_MAP_ADDR if strict else 0))
     return 0
 
 
@@ -280,8 +306,8 @@ def enable_max_vcpu_id(vm: Vm, args: Args) -> int:
     """
     wanted = args[0]
     with vm.lock:
-        if wanted > KVM_MAX_VCPU_IDS:
-            raise KvmError(EINVAL, f"limit {wanted:#x}: at most {KVM_MAX_VCPU_IDS}")
+        if wanted > vm.kernel.limits.vcpu_ids:
+            raise KvmError(EINVAL, f"limit {wanted:#x}: at most {vm.kernel.limits.vcpu_ids}")
         if vm.boot_cpu_id > wanted:
             raise KvmError(EINVAL, f"limit {wanted}: the boot processor has id {vm.boot_cpu_id}")
         if vm.max_vcpu_ids not in {0, wanted}:

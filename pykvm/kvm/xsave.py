@@ -10,7 +10,6 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import In, Out, vcpu_ioctl
 from pykvm.kvm.caps import capability
-from pykvm.kvm.cpuid import SUPPORTED_XCR0
 from pykvm.kvm.exits import RESUME, Outcome, get_cpl, on_exit
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def set_xsave(vcpu: Vcpu, new: CData) -> int:
     """
     image = memoryview(ffi.buffer(new)).cast("B")
     given, compacted, reserved = _XSAVE_HEADER.unpack_from(image, _HEADER)
-    unsupported = given & ~(SUPPORTED_XCR0 | _FP | _SSE)
+    unsupported = given & ~(vcpu.vm.system.offer.xcr0 | _FP | _SSE)
     if unsupported:
         raise KvmError(EINVAL, f"XSTATE_BV {given:#x}: components {unsupported:#x} are not supported")
     if compacted or any(reserved):

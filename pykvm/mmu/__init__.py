@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pykvm.mmu.base import MemoryFault, Mmu, RetPf, Stat
+from pykvm.mmu.base import MemoryFault, Mmu, RetPf
 from pykvm.mmu.direct import TdpMmu
 from pykvm.mmu.shadow import KVM_MIN_ALLOC_MMU_PAGES, ShadowMmu
+from pykvm.mmu.stat import VcpuStat, VmStat
 
 if TYPE_CHECKING:
     from pykvm.kvm.vm import Vm
 
-__all__ = ["KVM_MIN_ALLOC_MMU_PAGES", "MemoryFault", "Mmu", "RetPf", "ShadowMmu", "Stat", "TdpMmu", "new_mmu"]
+__all__ = [
+    "KVM_MIN_ALLOC_MMU_PAGES",
+    "MemoryFault",
+    "Mmu",
+    "RetPf",
+    "ShadowMmu",
+    "TdpMmu",
+    "VcpuStat",
+    "VmStat",
+    "new_mmu",
+]
 
 
 def new_mmu(vm: Vm, *, tdp: bool = True) -> Mmu:

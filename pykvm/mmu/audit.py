@@ -9,7 +9,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pykvm.mmu import spte as sptes
+from pykvm.mmu.rmap import LEVELS
 from pykvm.mmu.shadow import ShadowMmu
+from pykvm.mmu.shadow_pages import ACC_GUEST_USER
 from pykvm.mmu.walk import ACC_EXEC, ACC_USER, ACC_WRITE
 
 if TYPE_CHECKING:
@@ -41,8 +43,13 @@ def _audit_page(mmu: Mmu, page: MmuPage, memslots: tuple[Memslots, ...]) -> Iter
         yield f"{_name(page)}: not in the hash of its frame"
     if page.invalid:
         yield f"{_name(page)}: invalid but on the active list"
-    for parent, index in page.parents:
-        if sptes.read(parent.spt + index) & sptes.PFN_MASK != page.spt_addr:
+    for sptep in page.parents():
+        try:
+            parent, index = mmu.pages.sptep_to_sp(sptep)
+        except KeyError:
+            yield f"{_name(page)}: its parent at {sptep:#x} is no page"
+            continue
+        if parent.view[index] & sptes.PFN_MASK != page.spt_addr:
             yield f"{_name(page)}: {_name(parent, index)} is no parent of it"
     if page.unsync and page.role.level != sptes.PG_LEVEL_4K:
         yield f"{_name(page)}: unsync above level 1"
@@ -64,11 +71,11 @@ def _audit_link(mmu: Mmu, page: MmuPage, index: int, spte: int) -> Iterator[str]
     except KeyError:
         yield f"{_name(page, index)}: points to no table of ours"
         return
-    if (page, index) not in child.parents:
+    if page.spt_addr + 8 * index not in child.parents():
         yield f"{_name(page, index)}: {_name(child)} does not list it as a parent"
     if child.role.level != page.role.level - 1:
         yield f"{_name(page, index)}: child is of level {child.role.level}"
-    if child.role.access & ~page.role.access:
+    if child.role.access & ~page.role.access & ~ACC_GUEST_USER and not _by_cr0_wp(child):
         granted, had = child.role.access, page.role.access
         yield f"{_name(page, index)}: child grants {granted}, more than its parent's {had}"
     unsync = child.unsync or child.unsync_children > 0
@@ -77,7 +84,7 @@ def _audit_link(mmu: Mmu, page: MmuPage, index: int, spte: int) -> Iterator[str]
 
 
 def _audit_leaf(mmu: Mmu, page: MmuPage, index: int, spte: int, slots: Memslots) -> Iterator[str]:
-    gfn = page.shadowed_gfn(index)
+    gfn = page.get_gfn(index)
     level = page.role.level
     npages = sptes.pages_per(level)
     slot = slots.gfn_to_memslot(gfn)
@@ -92,9 +99,15 @@ def _audit_leaf(mmu: Mmu, page: MmuPage, index: int, spte: int, slots: Memslots)
     if spte & sptes.MMU_WRITABLE and not spte & sptes.HOST_WRITABLE:
         yield f"{_name(page, index)}: MMU-writable but not host-writable"
     if isinstance(mmu, ShadowMmu):
-        if (page, index) not in mmu.rmap.of(int(page.role.smm), level, gfn):
+        if page.spt_addr + 8 * index not in mmu.rmap.of(int(page.role.smm), level, gfn):
             yield f"{_name(page, index)}: not in the reverse map of gfn {gfn:#x}"
         yield from _audit_access(page, index, spte)
+
+
+def _by_cr0_wp(child: MmuPage) -> bool:
+    """Whether a page splits a large page that the supervisor wrote with CR0.WP=0: W for U."""
+    access = child.role.access
+    return child.role.direct and not child.role.cr0_wp and access & (ACC_WRITE | ACC_USER) == ACC_WRITE
 
 
 def _is_dirty(bitmap: bytearray | None, rel: int) -> bool:
@@ -102,12 +115,15 @@ def _is_dirty(bitmap: bytearray | None, rel: int) -> bool:
 
 
 def _audit_access(page: MmuPage, index: int, spte: int) -> Iterator[str]:
-    # With CR0.WP=0 a supervisor's write gives W for U: the sum is not wider, only other.
-    allowed = page.role.access if page.gfns is None else page.accesses[index]
+    allowed = page.get_access(index)
     granted = ACC_EXEC * bool(spte & sptes.X) | ACC_USER * bool(spte & sptes.U)
     granted |= ACC_WRITE * bool(spte & sptes.W)
     if granted & ~allowed:
         yield f"{_name(page, index)}: grants {granted}, recorded are {allowed}"
+    # With CR0.WP=0 a supervisor's write gives W for U: the sum is not wider, only other.
+    if page.shadowed is not None and allowed & ~page.role.access & ~ACC_GUEST_USER:
+        if page.role.cr0_wp or not allowed & ACC_WRITE or allowed & ACC_USER:
+            yield f"{_name(page, index)}: has rights {allowed}, its table {page.role.access}"
 
 
 def _audit_counts(mmu: Mmu) -> Iterator[str]:
@@ -122,12 +138,34 @@ def _audit_counts(mmu: Mmu) -> Iterator[str]:
             yield f"{leaves[level]} leaves of level {level}, statistics say {count}"
     if mmu.stat.mmu_unsync != sum(page.unsync for page in mmu.pages):
         yield f"mmu_unsync is {mmu.stat.mmu_unsync}"
+    if isinstance(mmu, ShadowMmu):
+        yield from _audit_shadow_counts(mmu, leaves)
+
+
+def _audit_shadow_counts(mmu: ShadowMmu, leaves: Counter[int]) -> Iterator[str]:
+    if sum(1 for _ in mmu.rmap) != leaves.total():
+        yield f"{leaves.total()} leaves, the reverse map has {sum(1 for _ in mmu.rmap)}"
+    for page in mmu.pages:
+        if page.role.direct:
+            continue
+        gfn, smm = page.gfn, page.role.smm
+        tracked = mmu.tables.is_write_tracked(gfn, smm=smm)
+        if page.role.level > sptes.PG_LEVEL_4K and not tracked:
+            yield f"{_name(page)}: not write-tracked"
+        if not mmu.tables.is_shadowed(gfn, smm=smm) or not mmu.tables.disallows_lpage(gfn, 2, smm=smm):
+            yield f"{_name(page)}: not counted among the shadowed frames"
+    loaded = Counter(
+        page for state in mmu._vcpus.values() for root in state.roots() for page in root.pages if page
+    )
+    for page in mmu.pages:
+        if page.root_count != loaded[page]:
+            yield f"{_name(page)}: root_count {page.root_count}, loaded {loaded[page]} times"
 
 
 def _audit_rmap(mmu: ShadowMmu) -> Iterator[str]:
-    for _, level, gfn, page, index in mmu.rmap:
-        spte = sptes.read(page.spt + index)
-        if page.role.level != level or not sptes.is_shadow_present(spte):
+    for _, level, gfn, sptep in mmu.rmap:
+        page, index = mmu.pages.sptep_to_sp(sptep)
+        if page.role.level != level or not sptes.is_shadow_present(page.view[index]):
             yield f"reverse map of gfn {gfn:#x}: {_name(page, index)} maps nothing"
 
 
@@ -135,7 +173,8 @@ def _audit_write_protection(mmu: ShadowMmu) -> Iterator[str]:
     for table in mmu.pages:
         if table.role.direct or table.unsync:
             continue
-        for level in (sptes.PG_LEVEL_4K, sptes.PG_LEVEL_2M):
-            for page, index in mmu.rmap.of(int(table.role.smm), level, table.gfn):
-                if sptes.read(page.spt + index) & sptes.W:
+        for level in LEVELS:
+            for sptep in mmu.rmap.of(int(table.role.smm), level, table.gfn):
+                page, index = mmu.pages.sptep_to_sp(sptep)
+                if page.view[index] & (sptes.W | sptes.MMU_WRITABLE):
                     yield f"{_name(page, index)}: guest table gfn {table.gfn:#x} is writable"

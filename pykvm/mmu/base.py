@@ -1,19 +1,20 @@
-"""What both MMUs have in common: the lock, the statistics, host pages, and flushing processors."""
+"""What both MMUs have in common: the lock, the statistics, host pages, the dirty log, and flushing processors."""
 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import enum
 import threading
 from errno import EFAULT
 from typing import TYPE_CHECKING
 
-from pykvm.abi import Gfn, Gpa, lib
+from pykvm import trace
+from pykvm.abi import CData, Gfn, Gpa, ffi, lib
 from pykvm.abi.errors import KvmError
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.pages import MmuPage, PageTable, commit_zap
+from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, commit_zap
 from pykvm.mmu.slots import set_bits
+from pykvm.mmu.stat import VmStat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pykvm.mmu.slots import Change, Memslot, Memslots
     from pykvm.mmu.walk import Fault
 
+KVM_MAX_HUGEPAGE_LEVEL = sptes.PG_LEVEL_1G
+
 
 class RetPf(enum.Enum):
     """What became of a fault (enum RET_PF_*)."""
@@ -31,6 +34,8 @@ class RetPf(enum.Enum):
     FIXED = enum.auto()
     SPURIOUS = enum.auto()
     EMULATE = enum.auto()
+    # The frame is watched, a guest's page table: emulate, or unprotect it and retry.
+    WRITE_PROTECTED = enum.auto()
 
 
 class MemoryFault(KvmError):
@@ -42,43 +47,14 @@ class MemoryFault(KvmError):
         self.memory_fault = (gpa & ~0xFFF, 0x1000, 0)
 
 
-@dataclasses.dataclass(slots=True)
-class Stat:
-    """MMU statistics with the names of KVM's binary statistics."""
-
-    pf_taken: int = 0
-    pf_fixed: int = 0
-    pf_fast: int = 0
-    pf_spurious: int = 0
-    pf_emulate: int = 0
-    pf_guest: int = 0
-    pf_mmio_spte_created: int = 0
-    invlpg: int = 0
-    mmu_shadow_zapped: int = 0
-    mmu_pte_write: int = 0
-    mmu_pde_zapped: int = 0
-    mmu_flooded: int = 0
-    mmu_recycled: int = 0
-    mmu_cache_miss: int = 0
-    mmu_unsync: int = 0
-    pages_4k: int = 0
-    pages_2m: int = 0
-    pages_1g: int = 0
-    remote_tlb_flush: int = 0
-    remote_tlb_flush_requests: int = 0
-
-    def count_page(self, level: int, delta: int) -> None:
-        """Count a leaf spte of `level` that came or went."""
-        if level == sptes.PG_LEVEL_4K:
-            self.pages_4k += delta
-        elif level == sptes.PG_LEVEL_2M:
-            self.pages_2m += delta
-        else:
-            self.pages_1g += delta
-
-
 class Mmu(abc.ABC):
-    """The MMU of one VM. `lock` is mmu_lock: it guards the tables, not the slots."""
+    """The MMU of one VM. `lock` is mmu_lock: it guards the tables, not the slots.
+
+    `mmio_gen_bits`: how many bits of the memslot generation an MMIO spte carries; fewer than there are only
+    for tests of what happens when they wrap.
+    """
+
+    mmio_gen_bits = sptes.MMIO_GEN_BITS
 
     def __init__(self, vm: Vm) -> None:
         """Start without tables: they are made at the first entry."""
@@ -86,7 +62,12 @@ class Mmu(abc.ABC):
         # flush_remote_tlbs() under the lock waits for processors, never for other module threads.
         self.lock = threading.RLock()
         self.pages = PageTable()
-        self.stat = Stat()
+        self.stat = VmStat()
+        # 2 MiB ranges in which host pages turned out to have different rights: mapped by 4 KiB pages.
+        self._mixed: set[tuple[int, int]] = set()
+        self._caches: dict[int, MemoryCache] = {}
+        # A present spte went without a flush; a flush for the host's sake must not be left out then.
+        self.tlbs_dirty = False
 
     def memslots(self, vcpu: Vcpu) -> Memslots:
         """Return the current slots of the address space the vCPU is in."""
@@ -95,6 +76,17 @@ class Mmu(abc.ABC):
     def is_stale(self, slots: Memslots) -> bool:
         """Whether the slots changed since the snapshot was taken; call under the lock."""
         return slots.generation != self._vm.memslots[0].generation
+
+    def mmio_generation(self, slots: Memslots) -> int:
+        """Return the slots' generation as an MMIO spte carries it."""
+        return sptes.mmio_generation(slots.generation & (1 << self.mmio_gen_bits) - 1)
+
+    def cache(self, vcpu: Vcpu) -> MemoryCache:
+        """Return the vCPU's reserve of tables."""
+        cache = self._caches.get(vcpu.id)
+        if cache is None:
+            cache = self._caches.setdefault(vcpu.id, MemoryCache())
+        return cache
 
     @abc.abstractmethod
     def load(self, vcpu: Vcpu) -> None:
@@ -107,10 +99,13 @@ class Mmu(abc.ABC):
     # ---- what only shadow paging has to follow; the processor does it alone otherwise ----
 
     def new_cr3(self, vcpu: Vcpu) -> None:
-        """The guest wrote CR3."""
+        """The guest wrote CR3, or flushed its TLB by another instruction."""
+
+    def paging_changed(self, vcpu: Vcpu) -> None:
+        """The guest changed CR0, CR4 or EFER so that tables mean something else."""
 
     def reset_context(self, vcpu: Vcpu) -> None:
-        """CR0, CR4 or EFER changed what tables mean."""
+        """The client set the vCPU's state: nothing that was known of its tables counts any more."""
 
     def invlpg(self, vcpu: Vcpu, gla: int) -> None:
         """The guest invalidated a translation."""
@@ -123,8 +118,16 @@ class Mmu(abc.ABC):
         """Do a write that exited as MMIO though there is memory; False when there is none."""
         return False
 
+    def unprotect_gfn(self, gfn: int, as_id: int) -> bool:  # noqa: ARG002
+        """Give up watching a frame so that an instruction can be retried; False when nothing did."""
+        return False
+
     def set_limit(self, count: int) -> None:
         """Keep to so many shadow pages from now on (KVM_SET_NR_MMU_PAGES)."""
+
+    def shrink(self, count: int) -> int:  # noqa: ARG002
+        """Free up to `count` of the oldest shadow pages under memory pressure; return how many."""
+        return 0
 
     @abc.abstractmethod
     def on_memslots_changed(
@@ -144,35 +147,94 @@ class Mmu(abc.ABC):
     def destroy(self) -> None:
         """Free everything: the VM is going away and no vCPU runs."""
 
+    # ---- the host's memory ----
+
+    def host_fault(self, as_id: int, slot: Memslot, gfn: int) -> None:
+        """An access of the guest's to mapped memory failed in the host: from now on look at each page.
+
+        The tables map large ranges by what their first page allows; here that was too much.
+        """
+        base = gfn & ~(sptes.pages_per(sptes.PG_LEVEL_2M) - 1)
+        with self.lock:
+            self._mixed.add((as_id, gfn >> sptes.PT64_LEVEL_BITS))
+        end = base + sptes.pages_per(sptes.PG_LEVEL_2M)
+        self.unmap_gfn_range(as_id, max(base, slot.base_gfn), min(end, slot.end_gfn))
+
+    def max_mapping_level(self, slot: Memslot, gfn: Gfn, limit: int = KVM_MAX_HUGEPAGE_LEVEL) -> int:
+        """Return the largest page a frame can be mapped by (kvm_mmu_max_mapping_level).
+
+        Gpa and hva must be congruent, the page wholly in the slot, and the host range mapped throughout;
+        dirty logging needs 4 KiB.
+        """
+        if slot.logging or limit == sptes.PG_LEVEL_4K:
+            return sptes.PG_LEVEL_4K
+        for level in range(limit, sptes.PG_LEVEL_4K, -1):
+            npages = sptes.pages_per(level)
+            base = gfn & ~(npages - 1)
+            if base < slot.base_gfn or base + npages > slot.end_gfn or slot.hva(base) % (npages << 12):
+                continue
+            if self._mixed and self._is_mixed(slot.as_id, base, npages):
+                continue
+            if lib.host_mapped(slot.hva(base), npages << 12):
+                return level
+        return sptes.PG_LEVEL_4K
+
+    def _is_mixed(self, as_id: int, base: int, npages: int) -> bool:
+        first = base >> sptes.PT64_LEVEL_BITS
+        end = first + (npages >> sptes.PT64_LEVEL_BITS)
+        return any(space == as_id and first <= n < end for space, n in self._mixed)
+
+    def _forget_mixed(self, slot: Memslot) -> None:
+        """Slots change: what was found out about their host memory may be wrong now."""
+        if self._mixed:
+            first, end = slot.base_gfn >> sptes.PT64_LEVEL_BITS, slot.end_gfn >> sptes.PT64_LEVEL_BITS
+            self._mixed = {(a, n) for a, n in self._mixed if a != slot.as_id or not first <= n <= end}
+
     # ---- dirty logging ----
 
-    def mark_page_dirty(self, slot: Memslot, gfn: int) -> None:
-        """Log a write that KVM itself did to a frame."""
-        if slot.dirty_bitmap is not None:
+    def mark_page_dirty(self, as_id: int, gfn: int, vcpu: Vcpu | None = None) -> None:
+        """Log a write that KVM itself did to a frame, after it is done."""
+        # The slots as they are now: logging may have begun since the caller looked.
+        slot = self._vm.memslots[as_id].gfn_to_memslot(gfn)
+        if slot is not None and slot.logging:
             with self.lock:
-                slot.mark_page_dirty(gfn)
+                self.mark_page_dirty_in_slot(slot, gfn, vcpu)
+
+    def mark_page_dirty_in_slot(self, slot: Memslot, gfn: int, vcpu: Vcpu | None) -> None:
+        """Log a write, under the lock: in the slot's bitmap, or in the ring of the vCPU that writes."""
+        if slot.dirty_bitmap is not None:
+            slot.mark_page_dirty(gfn)
+        elif slot.logging and vcpu is not None and vcpu.dirty_ring is not None:
+            vcpu.dirty_ring.push(slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
 
     def take_dirty(self, slot: Memslot, bitmap: bytearray) -> bytes:
         """Return the bitmap, clear it and write-protect the pages in it; no write gets lost."""
         with self.lock:
             snapshot = bytes(bitmap)
             bitmap[:] = bytes(len(bitmap))
-            flush = self._write_protect(slot, list(set_bits(snapshot, slot.base_gfn)))
-        if flush:
-            self.flush_remote_tlbs()
+            flush = self._write_protect_bitmap(slot, 0, snapshot)
+        self._flush_for_host(flush=flush)
         return snapshot
 
     def clear_dirty(self, slot: Memslot, bitmap: bytearray, first: int, wanted: bytes) -> None:
-        """Clear the bits set in `wanted` (bit 0 = page `first`) and write-protect those pages."""
-        gfns = []
+        """Clear the bits set in `wanted` (bit 0 = page `first`, of 64) and write-protect those pages."""
+        at = first >> 3
         with self.lock:
-            for rel in set_bits(wanted, first):
-                if rel < slot.npages and bitmap[rel >> 3] >> (rel & 7) & 1:
-                    bitmap[rel >> 3] &= ~(1 << (rel & 7)) & 0xFF
-                    gfns.append(slot.base_gfn + rel)
-            flush = self._write_protect(slot, gfns)
-        if flush:
-            self.flush_remote_tlbs()
+            mask = int.from_bytes(wanted, "little") & int.from_bytes(bitmap[at : at + len(wanted)], "little")
+            cleared = mask.to_bytes(len(wanted), "little")
+            left = int.from_bytes(bitmap[at : at + len(wanted)], "little") & ~mask
+            bitmap[at : at + len(wanted)] = left.to_bytes(len(wanted), "little")
+            flush = self._write_protect_bitmap(slot, first, cleared)
+        self._flush_for_host(flush=flush)
+
+    def reset_dirty(self, slot: Memslot, gfns: Iterable[int]) -> None:
+        """Write-protect the pages that were collected from a dirty ring; the caller flushes."""
+        with self.lock:
+            self._write_protect(slot, gfns)
+
+    def _write_protect_bitmap(self, slot: Memslot, first: int, bitmap: bytes) -> bool:
+        """Write-protect the pages of a bitmap that starts at page `first` of the slot. True: flush."""
+        return self._write_protect(slot, set_bits(bitmap, slot.base_gfn + first))
 
     # ---- processors ----
 
@@ -181,23 +243,34 @@ class Mmu(abc.ABC):
 
         reload: they must also come out, because their root or the slots' generation changed.
         """
+        self.tlbs_dirty = False
         self.stat.remote_tlb_flush_requests += 1
-        cpus = [vcpu.cpu for vcpu in tuple(self._vm.vcpus.values())]
+        vcpus = tuple(self._vm.vcpus.values())
         request = lib.CPU_REQ_FLUSH_TLB | (lib.CPU_REQ_KICK if reload else 0)
-        for cpu in cpus:
-            cpu.request(request)
-        for cpu in cpus:
-            cpu.sync()
-        self.stat.remote_tlb_flush += bool(cpus)
+        for vcpu in vcpus:
+            vcpu.cpu.request(request)
+            vcpu.stat.tlb_flush += 1
+        for vcpu in vcpus:
+            vcpu.cpu.sync()
+        self.stat.remote_tlb_flush += bool(vcpus)
+
+    def _flush_for_host(self, *, flush: bool) -> None:
+        """Flush when something changed, or when processors may know more than the reverse map does."""
+        if flush or self.tlbs_dirty:
+            self.flush_remote_tlbs()
 
     def _finish(self, zapped: list[MmuPage], *, flush: bool) -> None:
         if flush or zapped:
             self.flush_remote_tlbs()
         commit_zap(zapped)
 
+    def _trace_mmio(self, sptep: int, gfn: int, access: int, slots: Memslots) -> None:
+        if trace.mark_mmio_spte.enabled:
+            trace.mark_mmio_spte(sptep=sptep, gfn=gfn, access=access, gen=slots.generation)
+
 
 def host_access(slot: Memslot, gpa: Gpa, *, write: bool) -> bool:
-    """Find the host page behind a frame (gfn_to_pfn); return whether it may be mapped writable.
+    """Find the host page behind a frame (kvm_faultin_pfn); return whether it may be mapped writable.
 
     Errors:
         EFAULT  it is not mapped, or not writable and `write` asks for that (a MemoryFault)
@@ -209,18 +282,19 @@ def host_access(slot: Memslot, gpa: Gpa, *, write: bool) -> bool:
     return writable
 
 
-def max_mapping_level(slot: Memslot, gfn: Gfn, *, host_writable: bool) -> int:
-    """Return the largest page a frame can be mapped by.
+def bitmap_words(bitmap: bytes, first: int) -> Iterable[tuple[int, CData]]:
+    """Yield (number, mask) for every 512 frames of which a bitmap has some: mask is ``uint64_t[8]``.
 
-    Gpa and hva must be congruent, the page wholly in the slot, and the host range mapped with the
-    same rights throughout; dirty logging needs 4 KiB.
+    first: the frame that bit 0 stands for; `number` is a frame number divided by 512.
     """
-    if slot.logging:
-        return sptes.PG_LEVEL_4K
-    npages = sptes.pages_per(sptes.PG_LEVEL_2M)
-    base = gfn & ~(npages - 1)
-    if base < slot.base_gfn or base + npages > slot.end_gfn or slot.hva(base) % (npages << 12):
-        return sptes.PG_LEVEL_4K
-    if not lib.host_probe(slot.hva(base), npages << 12, int(host_writable)):
-        return sptes.PG_LEVEL_4K
-    return sptes.PG_LEVEL_2M
+    shift = first & sptes.PT64_ENTRIES - 1
+    if shift:
+        # Frames of one table have to lie in one group of 512.
+        bitmap = (int.from_bytes(bitmap, "little") << shift).to_bytes(len(bitmap) + 64, "little")
+    number = first >> sptes.PT64_LEVEL_BITS
+    for at in range(0, len(bitmap), 64):
+        piece = bitmap[at : at + 64]
+        if piece.strip(b"\0"):
+            mask = ffi.new("uint64_t[8]")
+            ffi.memmove(mask, piece, len(piece))
+            yield number + at // 64, mask

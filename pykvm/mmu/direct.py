@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from pykvm import trace
 from pykvm.abi import CData, Gfn, Gpa, lib
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.base import Mmu, RetPf, host_access, max_mapping_level
+from pykvm.mmu.base import Mmu, RetPf, bitmap_words, host_access
 from pykvm.mmu.pages import Role, commit_zap
 from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.tdp import Tdp
+from pykvm.mmu.walk import ACC_ALL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,12 +34,8 @@ class PageFault:
     gpa: Gpa
     write: bool
     slots: Memslots
+    gfn: Gfn
     goal_level: int = sptes.PG_LEVEL_4K
-
-    @property
-    def gfn(self) -> Gfn:
-        """Frame of the access."""
-        return Gfn(self.gpa >> 12)
 
 
 class TdpMmu(Mmu):
@@ -49,28 +47,36 @@ class TdpMmu(Mmu):
         self._roots: dict[Role, Tdp] = {}
 
     def load(self, vcpu: Vcpu) -> None:
-        """Point the processor at its root and at the slots' generation (kvm_mmu_load)."""
+        """Point the processor at its root and at the slots' generation (kvm_mmu_load).
+
+        Errors:
+            ENOMEM  no memory for the root
+        """
         tdp = self.tdp_of(vcpu)
         ctl = vcpu.cpu.ctl
         ctl.mmio_gen_mask = sptes.MMIO_GEN_MASK
-        ctl.mmio_gen = sptes.mmio_generation(self.memslots(vcpu).generation)
+        ctl.mmio_gen = self.mmio_generation(self.memslots(vcpu))
         if ctl.eptp != tdp.root.spt_addr:
             ctl.flags |= lib.CPU_TDP
             ctl.ept_level = tdp.root.role.level
             ctl.eptp = tdp.root.spt_addr
             vcpu.cpu.flush_tlb()
+            vcpu.stat.tlb_flush += 1
 
     def tdp_of(self, vcpu: Vcpu) -> Tdp:
         """Return the tables the vCPU runs on, making their root if need be."""
         level = 5 if vcpu.cpu.ctl.maxphyaddr > _FOUR_LEVEL_GPA_BITS else 4
-        role = Role(level, smm=bool(vcpu.as_id))
+        role = _role(level, bool(vcpu.as_id))
         tdp = self._roots.get(role)
-        return tdp if tdp is not None else self._alloc_root(role)
+        return tdp if tdp is not None else self._alloc_root(role, vcpu)
 
-    def _alloc_root(self, role: Role) -> Tdp:
+    def _alloc_root(self, role: Role, vcpu: Vcpu) -> Tdp:
+        """mmu_alloc_direct_roots()."""
+        cache = self.cache(vcpu)
+        cache.topup()
         with self.lock:
             if role not in self._roots:
-                self._roots[role] = Tdp(self.pages, role, self.stat)
+                self._roots[role] = Tdp(self.pages, role, self.stat, cache)
             return self._roots[role]
 
     def tables(self, as_id: int) -> list[Tdp]:
@@ -86,32 +92,43 @@ class TdpMmu(Mmu):
 
         Errors:
             EFAULT  the slot's host memory is not mapped, or not writable for a write (a MemoryFault)
+            ENOMEM  no memory for a table; nothing has changed
         """
         del gla
-        self.stat.pf_taken += 1
-        fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), self.memslots(vcpu))
+        vcpu.stat.pf_taken += 1
+        slots = self._vm.memslots[vcpu.as_id]
+        fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), slots, Gfn(addr >> 12))
         tdp = self.tdp_of(vcpu)
-        slot = fault.slots.gfn_to_memslot(fault.gfn)
-        if slot is None:
-            return self._noslot_fault(tdp, fault)
-        if fault.write and slot.readonly:
-            # Written by the instruction as by any other, then handed out piece by piece.
-            vcpu.cpu.ctl.emulate_gfn = fault.gfn
-            self.stat.pf_emulate += 1
-            return RetPf.EMULATE
-        return self._fast_page_fault(tdp, fault, slot) or self._direct_page_fault(tdp, fault, slot)
+        slot = slots.gfn_to_memslot(fault.gfn)
+        if slot is not None and not (fault.write and slot.readonly):
+            return self._fast_page_fault(vcpu, tdp, fault, slot) or self._direct_page_fault(
+                vcpu, tdp, fault, slot
+            )
+        return self._handle_abnormal_pfn(vcpu, tdp, fault, slot)
 
-    def _noslot_fault(self, tdp: Tdp, fault: PageFault) -> RetPf:
-        """Remember that there is no memory: from now on the processor tells MMIO by itself."""
+    def _handle_abnormal_pfn(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot | None) -> RetPf:
+        """There is nothing to map for this access: no slot, or a READONLY one that is written."""
+        if slot is not None:
+            # Written by the instruction as by any other, then handed out piece by piece.
+            emulate_gfn(vcpu, fault.gfn)
+            vcpu.stat.pf_emulate += 1
+            return RetPf.EMULATE
+        cache = self.cache(vcpu)
+        cache.topup()
+        gen = self.mmio_generation(fault.slots)
         with self.lock:
             if self.is_stale(fault.slots):
                 return RetPf.RETRY
-            tdp.map(fault.gfn, sptes.PG_LEVEL_4K, sptes.make_mmio_spte(fault.gfn, fault.slots.generation))
-        self.stat.pf_mmio_spte_created += 1
-        self.stat.pf_emulate += 1
+            # From now on the processor tells MMIO by itself.
+            tdp.map(fault.gfn, sptes.PG_LEVEL_4K, sptes.make_mmio_spte(fault.gfn, gen), cache)
+            if trace.mark_mmio_spte.enabled:
+                sptep = tdp.last_table(fault.gfn).sptep(fault.gfn)  # type: ignore[union-attr]
+                self._trace_mmio(int(sptep), fault.gfn, ACC_ALL, fault.slots)
+        vcpu.stat.pf_mmio_spte_created += 1
+        vcpu.stat.pf_emulate += 1
         return RetPf.EMULATE
 
-    def _fast_page_fault(self, tdp: Tdp, fault: PageFault, slot: Memslot) -> RetPf | None:
+    def _fast_page_fault(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot) -> RetPf | None:
         """Give W back to an entry that lost it to dirty logging only, or see a stale fault."""
         with self.lock:
             if self.is_stale(fault.slots):
@@ -121,41 +138,52 @@ class TdpMmu(Mmu):
                 return None
             sptep, spte, level = found
             if not fault.write or spte & sptes.W:
-                self.stat.pf_spurious += 1
+                vcpu.stat.pf_spurious += 1
                 return RetPf.SPURIOUS
             if level > sptes.PG_LEVEL_4K or not spte & sptes.MMU_WRITABLE:
                 return None
-            return self._make_writable(sptep, spte, fault, slot)
+            return self._fast_pf_fix_direct_spte(vcpu, sptep, spte, fault, slot)
 
-    def _make_writable(self, sptep: CData, spte: int, fault: PageFault, slot: Memslot) -> RetPf:
+    def _fast_pf_fix_direct_spte(
+        self, vcpu: Vcpu, sptep: CData, spte: int, fault: PageFault, slot: Memslot
+    ) -> RetPf:
         # The bit goes into the log before the guest can write: a reader of the log must not miss it.
-        slot.mark_page_dirty(fault.gfn)
-        if not lib.spte_cmpxchg(sptep, spte, spte | sptes.W):
+        self.mark_page_dirty_in_slot(slot, fault.gfn, vcpu)
+        fixed = bool(lib.spte_cmpxchg(sptep, spte, spte | sptes.W))
+        if trace.fast_page_fault.enabled:
+            trace.fast_page_fault(vcpu=vcpu.id, addr=fault.gpa, old=spte, new=spte | sptes.W, fixed=fixed)
+        if not fixed:
             return RetPf.RETRY
-        self.stat.pf_fast += 1
+        vcpu.stat.pf_fast += 1
         return RetPf.FIXED
 
-    def _direct_page_fault(self, tdp: Tdp, fault: PageFault, slot: Memslot) -> RetPf:
+    def _direct_page_fault(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot) -> RetPf:
+        cache = self.cache(vcpu)
+        cache.topup()
         host_writable = host_access(slot, fault.gpa, write=fault.write)
-        fault.goal_level = max_mapping_level(slot, fault.gfn, host_writable=host_writable)
+        fault.goal_level = self.max_mapping_level(slot, fault.gfn)
         with self.lock:
             if self.is_stale(fault.slots):
                 return RetPf.RETRY
-            flush = self._direct_map(tdp, fault, slot, host_writable=host_writable)
+            flush = self._direct_map(vcpu, tdp, fault, slot, host_writable=host_writable)
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=flush)
         return RetPf.FIXED
 
-    def _direct_map(self, tdp: Tdp, fault: PageFault, slot: Memslot, *, host_writable: bool) -> bool:
+    def _direct_map(
+        self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot, *, host_writable: bool
+    ) -> bool:
         # While the slot logs, only a write may map a page writable: it is the write that is logged.
         writable = host_writable and (fault.write or not slot.logging)
-        if writable:
-            slot.mark_page_dirty(fault.gfn)
+        if writable and slot.logging:
+            self.mark_page_dirty_in_slot(slot, fault.gfn, vcpu)
         level = fault.goal_level
         base = fault.gfn & ~(sptes.pages_per(level) - 1)
         spte = sptes.make_spte(slot.hva(base), level, writable=writable, host_writable=host_writable)
-        self.stat.pf_fixed += 1
-        return tdp.map(fault.gfn, level, spte)
+        if trace.kvm_mmu_spte_requested.enabled:
+            trace.kvm_mmu_spte_requested(gfn=fault.gfn, hva=slot.hva(fault.gfn), level=level)
+        vcpu.stat.pf_fixed += 1
+        return tdp.map(fault.gfn, level, spte | sptes.ROM * slot.readonly, self.cache(vcpu))
 
     # ---- slots ----
 
@@ -164,9 +192,12 @@ class TdpMmu(Mmu):
     ) -> None:
         """Make the published change true for the processors, before the ioctl returns."""
         with self.lock:
+            for slot in (old, new):
+                if slot is not None:
+                    self._forget_mixed(slot)
             for tdp in self.tables(as_id):
                 self._apply(tdp, old, new, change)
-            if not self._vm.memslots[0].generation % (1 << sptes.MMIO_GEN_BITS):
+            if not self._vm.memslots[0].generation % (1 << self.mmio_gen_bits):
                 for tdp in self._roots.values():
                     tdp.zap_mmio()
             zapped = self.pages.take_zapped()
@@ -200,6 +231,13 @@ class TdpMmu(Mmu):
             flush = tdp.write_protect(gfns) or flush
         return flush
 
+    def _write_protect_bitmap(self, slot: Memslot, first: int, bitmap: bytes) -> bool:
+        words = list(bitmap_words(bitmap, slot.base_gfn + first))
+        flush = False
+        for tdp in self.tables(slot.as_id):
+            flush = tdp.write_protect_words(words) or flush
+        return flush
+
     def destroy(self) -> None:
         """Free everything: the VM is going away and no vCPU runs."""
         with self.lock:
@@ -207,3 +245,23 @@ class TdpMmu(Mmu):
                 tdp.destroy()
             self._roots.clear()
             commit_zap(self.pages.take_zapped())
+            for cache in self._caches.values():
+                cache.free()
+
+
+_ROLES = {(level, smm): Role(level, smm=smm) for level in (4, 5) for smm in (False, True)}
+
+
+def _role(level: int, smm: bool) -> Role:
+    return _ROLES[level, smm]
+
+
+def emulate_gfn(vcpu: Vcpu, gfn: int, gla: int = 0) -> None:
+    """Have writes to the frame come out as MMIO; keep one that the same instruction met before."""
+    ctl = vcpu.cpu.ctl
+    if ctl.emulate_gfn not in (_NO_GFN, gfn):
+        ctl.emulate_gfn2, ctl.emulate_gla2 = ctl.emulate_gfn, ctl.emulate_gla
+    ctl.emulate_gfn, ctl.emulate_gla = gfn, gla
+
+
+_NO_GFN = 0xFFFF_FFFF_FFFF_FFFF

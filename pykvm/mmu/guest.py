@@ -7,59 +7,70 @@ from typing import TYPE_CHECKING
 
 from pykvm.abi import ffi, lib
 from pykvm.abi.errors import KvmError
-from pykvm.abi.uaccess import copy_from_user
 from pykvm.mmu import spte as sptes
 
 if TYPE_CHECKING:
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.pages import MmuPage
-    from pykvm.mmu.walk import Paging, Walk
+    from pykvm.mmu.slots import Memslot, Memslots
+    from pykvm.mmu.walk import Walk
+
+_gpte_read = lib.gpte_read
 
 
 class GuestTables:
-    """One address space of a VM, as the walker sees it."""
+    """One address space of a VM at one moment, as the walker sees it. Of one thread, and short-lived."""
 
-    __slots__ = ("_as_id", "_vm")
+    __slots__ = ("_as_id", "_slot", "_value", "_vm", "slots")
 
-    def __init__(self, vm: Vm, as_id: int) -> None:
-        """Look at the VM's memory."""
+    def __init__(self, vm: Vm, as_id: int, slots: Memslots | None = None) -> None:
+        """Look at the VM's memory as these slots have it, by default the current ones."""
         self._vm = vm
         self._as_id = as_id
+        self.slots = vm.memslots[as_id] if slots is None else slots
+        self._slot: Memslot | None = None
+        self._value = ffi.new("uint64_t *")
+
+    def gfn_to_hva(self, gfn: int) -> int | None:
+        """Return the host address of a frame, None where no slot is."""
+        slot = self._slot
+        # Tables lie close to each other: mostly it is the slot of the last one.
+        if slot is None or not slot.base_gfn <= gfn < slot.end_gfn:
+            slot = self._slot = self.slots.gfn_to_memslot(gfn)
+            if slot is None:
+                return None
+        return slot.userspace_addr + (gfn - slot.base_gfn << 12)
+
+    def read_gpte(self, hva: int, size: int) -> int | None:
+        """Return the entry at a host address, None where the host has nothing."""
+        value = self._value
+        return value[0] if _gpte_read(hva, value, size) else None
 
     def read(self, gpa: int, size: int) -> int | None:
-        """Return the entry at `gpa`, or None where there is no memory."""
-        slot = self._vm.memslots[self._as_id].gfn_to_memslot(gpa >> 12)
-        if slot is None:
-            return None
-        try:
-            return int.from_bytes(copy_from_user(slot.hva(gpa >> 12) + (gpa & 0xFFF), size), "little")
-        except KvmError:
-            return None
+        """Return the entry at `gpa`, None where there is no memory."""
+        hva = self.gfn_to_hva(gpa >> 12)
+        return None if hva is None else self.read_gpte(hva + (gpa & 0xFFF), size)
 
-    def set_bits(self, gpa: int, size: int, entry: int, bits: int) -> bool:
+    def set_gpte_bits(self, gpa: int, hva: int, size: int, entry: int, bits: int) -> bool:
         """Set A or D atomically; False when the entry changed, so that the walk starts anew.
 
         The page is marked dirty, as after any write of the guest's.  In a READONLY slot nothing can
         be set and the walk goes on, as on hardware with the table in ROM.
+
+        Errors:
+            EFAULT  the host has no writable memory there
         """
-        gfn = gpa >> 12
-        slot = self._vm.memslots[self._as_id].gfn_to_memslot(gfn)
+        slot = self.slots.gfn_to_memslot(gpa >> 12)
         if slot is None:
             return False
         if slot.readonly:
             return True
-        hva = slot.hva(gfn) + (gpa & 0xFFF)
-        if not lib.host_probe(hva, size, 1):
+        done = lib.gpte_cmpxchg(hva, entry, entry | bits, size)
+        if done < 0:
             raise KvmError(EFAULT, f"guest page table at {gpa:#x} is not writable")
-        # A 32-bit entry is half of an aligned 64-bit word: exchange the word.
-        shift = 32 if size == 4 and hva & 4 else 0
-        word = ffi.cast("uint64_t *", hva & ~7)
-        mask = (1 << 8 * size) - 1
-        old = sptes.read(word)
-        if old >> shift & mask != entry or not lib.spte_cmpxchg(word, old, old | bits << shift):
-            return False
-        self._vm.mmu.mark_page_dirty(slot, gfn)
-        return True
+        if done:
+            self._vm.mmu.mark_page_dirty(self._as_id, gpa >> 12)
+        return bool(done)
 
     def gpte(self, page: MmuPage, index: int) -> int | None:
         """Return the guest's entry that entry `index` of a last-level shadow page stands for."""
@@ -67,10 +78,7 @@ class GuestTables:
         first = page.role.quadrant * sptes.PT64_ENTRIES
         return self.read((page.gfn << 12) + (first + index) * size, size)
 
-    def unchanged(self, paging: Paging, gla: int, found: Walk, level: int) -> bool:
-        """Whether the entry of `level` that was walked is still there (not FNAME(gpte_changed))."""
-        at = found.level + len(found.tables) - 1 - level
-        if not 0 <= at < len(found.tables):
-            return True
-        gpa = (found.tables[at] << 12) + paging.index(gla, level) * paging.entry_bytes
-        return self.read(gpa, paging.entry_bytes) == found.entries[at]
+    def gpte_changed(self, found: Walk, level: int, size: int) -> bool:
+        """Whether the entry of `level` that was walked is there no more (FNAME(gpte_changed))."""
+        at = found.at(level)
+        return self.read_gpte(found.hvas[at], size) != found.entries[at]

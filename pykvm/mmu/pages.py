@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
+from array import array
 from errno import ENOMEM
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
+from pykvm import trace
 from pykvm.abi import CData, Gfn, ffi, lib
 from pykvm.abi.errors import KvmError
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.walk import ACC_ALL
+from pykvm.mmu.rmap import pte_list_add, pte_list_iter, pte_list_remove
+from pykvm.mmu.walk import ACC_ALL, GpteFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pykvm.mmu.rmap import PteList
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Role:
-    """What makes two shadow pages of one frame different (union kvm_mmu_page_role)."""
+KVM_MMU_HASH_SHIFT = 12
+# Enough for one fault: a page for each level of the longest walk (PT64_ROOT_MAX_LEVEL), and some.
+KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE = 8
+_GOLDEN_RATIO_64 = 0x61C8_8646_80B5_83EB
+_GFN_SHIFT = 12
+_ACCESS_MASK = (1 << _GFN_SHIFT) - 1
+
+
+class Role(NamedTuple):
+    """What makes two shadow pages of one frame different (union kvm_mmu_page_role).
+
+    `format`: what the guest's entries mean (KVM's extended role); None of a direct page, which has none.
+    """
 
     level: int
     direct: bool = True
@@ -29,49 +43,116 @@ class Role:
     cr0_wp: bool = False
     smep_andnot_wp: bool = False
     smap_andnot_wp: bool = False
+    format: GpteFormat | None = None
+
+    def __str__(self) -> str:
+        """Return it as the kernel's trace shows it: level, gpte size, quadrant, direct, access, ..."""
+        access = "".join(c if self.access & bit else "-" for c, bit in (("u", 4), ("w", 2), ("x", 1)))
+        return (
+            f"l{self.level} {4 if self.has_4_byte_gpte else 8}-byte q{self.quadrant}"
+            f"{' direct' * self.direct} {access}{' !' if not self.efer_nx else ' '}nx"
+            f"{' !' if not self.cr0_wp else ' '}wp{' smm' * self.smm}"
+        )
+
+
+@cache
+def child_role(parent: Role, level: int, direct: bool, access: int, index: int) -> Role:
+    """kvm_mmu_child_role(): the role of what entry `index` of a page of the parent's role points to.
+
+    A 32-bit guest's table has 1024 entries and is shadowed by two pages: quadrants 0 and 1.
+    """
+    four = parent.has_4_byte_gpte and not direct
+    return parent._replace(
+        level=level,
+        direct=direct,
+        access=access,
+        has_4_byte_gpte=four,
+        quadrant=index & 1 if four and level == sptes.PG_LEVEL_4K else 0,
+        format=None if direct else parent.format,
+    )
+
+
+class MemoryCache:
+    """Tables in reserve (struct kvm_mmu_memory_cache): a fault that has begun does not fail for memory."""
+
+    __slots__ = ("_tables",)
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._tables: list[CData] = []
+
+    def topup(self) -> None:
+        """Make sure that one fault finds what it needs (mmu_topup_memory_caches).
+
+        Errors:
+            ENOMEM  the host has none; nothing has changed
+        """
+        tables = self._tables
+        if len(tables) >= KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE // 2:
+            return
+        while len(tables) < KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE:
+            table = lib.spt_alloc()
+            if not table:
+                raise KvmError(ENOMEM, "no memory for a shadow page")
+            tables.append(table)
+
+    def take(self) -> CData:
+        """Return a zeroed table."""
+        if not self._tables:
+            self.topup()
+        return self._tables.pop()
+
+    def free(self) -> None:
+        """Give back what is left."""
+        while self._tables:
+            lib.spt_free(self._tables.pop())
 
 
 class MmuPage:
-    """One table: 512 real sptes the processor reads, and its bookkeeping (struct kvm_mmu_page)."""
+    """One table: 512 real sptes the processor reads, and its bookkeeping (struct kvm_mmu_page).
+
+    `gfn`: the first frame it covers, or the frame of the guest's table it shadows.  `view`: the sptes as
+    a sequence of integers, for reading.  `parent_ptes`: the sptes that point here, as a `PteList`.
+    """
 
     __slots__ = (
-        "accesses",
         "gfn",
-        "gfns",
         "invalid",
-        "parents",
+        "mmu_valid_gen",
+        "parent_ptes",
         "role",
         "root_count",
+        "shadowed",
         "spt",
         "spt_addr",
         "unsync",
         "unsync_child_bitmap",
         "unsync_children",
+        "view",
         "write_flooding_count",
     )
 
-    def __init__(self, gfn: Gfn, role: Role) -> None:
-        """Allocate an empty table that covers frames from `gfn` on, or shadows the table in `gfn`."""
+    def __init__(self, gfn: Gfn, role: Role, spt: CData, mmu_valid_gen: int) -> None:
+        """Describe an empty table."""
         self.gfn = gfn
         self.role = role
+        self.mmu_valid_gen = mmu_valid_gen
         self.root_count = 0
-        # (page, index) of every entry that points here (parent_ptes).
-        self.parents: set[tuple[MmuPage, int]] = set()
+        self.parent_ptes: PteList = 0
         # Frame and rights behind each entry; direct pages need none (shadowed_translation).
-        self.gfns: list[int] | None = None
-        self.accesses = bytearray()
+        self.shadowed = None if role.direct else array("Q", _EMPTY)
         self.unsync = False
         self.unsync_children = 0
         self.unsync_child_bitmap = 0
         self.write_flooding_count = 0
         self.invalid = False
-        self.spt: CData = lib.spt_alloc()
-        if not self.spt:
-            raise KvmError(ENOMEM, "no memory for a shadow page")
-        self.spt_addr = int(ffi.cast("uintptr_t", self.spt))
+        self.spt = spt
+        self.spt_addr = int(ffi.cast("uintptr_t", spt))
+        self.view = memoryview(ffi.buffer(spt, 4096)).cast("Q")
 
     def free(self) -> None:
         """Give the table back; no processor may be able to reach it any more."""
+        self.view = _FREED
         lib.spt_free(self.spt)
         self.spt = ffi.NULL
 
@@ -81,19 +162,38 @@ class MmuPage:
 
     def entries(self) -> list[int]:
         """Return a copy of all entries."""
-        return memoryview(ffi.buffer(self.spt, 4096)).cast("Q").tolist()
+        return self.view.tolist()
 
-    def shadowed_gfn(self, index: int) -> int:
+    def get_gfn(self, index: int) -> int:
         """Return the frame entry `index` maps: recorded, or following from the page's own."""
-        if self.gfns is not None:
-            return self.gfns[index]
+        if self.shadowed is not None:
+            return self.shadowed[index] >> _GFN_SHIFT
         return self.gfn + (index << sptes.PT64_LEVEL_BITS * (self.role.level - 1))
 
-    def set_shadowed(self, index: int, gfn: int, access: int) -> None:
+    def get_access(self, index: int) -> int:
+        """Return the guest's rights behind entry `index`."""
+        return self.role.access if self.shadowed is None else self.shadowed[index] & _ACCESS_MASK
+
+    def set_translation(self, index: int, gfn: int, access: int) -> None:
         """Record what entry `index` maps."""
-        if self.gfns is not None:
-            self.gfns[index] = gfn
-            self.accesses[index] = access
+        if self.shadowed is not None:
+            self.shadowed[index] = gfn << _GFN_SHIFT | access
+
+    def add_parent(self, sptep: int) -> None:
+        """Record that the spte at this address points here (kvm_mmu_add_parent_pte)."""
+        self.parent_ptes = pte_list_add(self.parent_ptes, sptep)
+
+    def remove_parent(self, sptep: int) -> None:
+        """Forget a parent; it is there, or the tables are inconsistent."""
+        self.parent_ptes = pte_list_remove(self.parent_ptes, sptep)
+
+    def parents(self) -> tuple[int, ...]:
+        """Return the addresses of the sptes that point here."""
+        return pte_list_iter(self.parent_ptes)
+
+
+_EMPTY = bytes(8 * sptes.PT64_ENTRIES)
+_FREED = memoryview(bytes(4096)).cast("Q")
 
 
 class PageTable:
@@ -106,6 +206,7 @@ class PageTable:
         self._hash: dict[int, list[MmuPage]] = {}
         # Unlinked, but a processor may still be walking them until it has flushed.
         self._zapped: list[MmuPage] = []
+        self.mmu_valid_gen = 0
 
     def __len__(self) -> int:
         """Return n_used_mmu_pages."""
@@ -115,28 +216,52 @@ class PageTable:
         """Walk active_mmu_pages, oldest first."""
         return iter(tuple(self._by_spt.values()))
 
-    def alloc(self, gfn: Gfn, role: Role) -> MmuPage:
-        """Return a new empty page."""
-        page = MmuPage(gfn, role)
+    def oldest(self) -> Iterator[MmuPage]:
+        """Walk active_mmu_pages, oldest first, and look again from the start after each page that was zapped."""
+        skipped = 0
+        while True:
+            for n, page in enumerate(self._by_spt.values()):
+                if n >= skipped:
+                    break
+            else:
+                return
+            before = len(self._by_spt)
+            yield page
+            skipped += len(self._by_spt) == before
+
+    def alloc(self, gfn: Gfn, role: Role, cache: MemoryCache) -> MmuPage:
+        """Return a new empty page (kvm_mmu_alloc_shadow_page)."""
+        page = MmuPage(gfn, role, cache.take(), self.mmu_valid_gen)
         self._by_spt[page.spt_addr] = page
-        self._hash.setdefault(gfn, []).append(page)
+        self._hash.setdefault(_hashfn(gfn), []).append(page)
         return page
 
-    def of_gfn(self, gfn: Gfn) -> tuple[MmuPage, ...]:
-        """Return the pages that shadow the frame, of whatever role (mmu_page_hash)."""
-        return tuple(self._hash.get(gfn, ()))
+    def bucket(self, gfn: int) -> list[MmuPage]:
+        """Return the pages in the frame's bucket of mmu_page_hash, those of other frames too."""
+        return self._hash.get(_hashfn(gfn), _NONE)
+
+    def of_gfn(self, gfn: int) -> tuple[MmuPage, ...]:
+        """Return the pages that shadow the frame, of whatever role."""
+        return tuple([page for page in self._hash.get(_hashfn(gfn), _NONE) if page.gfn == gfn])
 
     def child(self, spte: int) -> MmuPage:
         """Return the page a non-leaf entry points to."""
         return self._by_spt[spte & sptes.PFN_MASK]
 
+    def sptep_to_sp(self, sptep: int) -> tuple[MmuPage, int]:
+        """Return the page and the index of the spte at a host address (page->private)."""
+        return self._by_spt[sptep & ~0xFFF], sptep >> 3 & sptes.PT64_ENTRIES - 1
+
     def remove(self, page: MmuPage, *, pinned: bool = False) -> None:
         """Take a zapped page out of list and hash; it is freed unless a root still pins it."""
+        if trace.kvm_mmu_prepare_zap_page.enabled:
+            trace.kvm_mmu_prepare_zap_page(gfn=page.gfn, role=page.role, root_count=page.root_count)
         del self._by_spt[page.spt_addr]
-        pages = self._hash[page.gfn]
+        key = _hashfn(page.gfn)
+        pages = self._hash[key]
         pages.remove(page)
         if not pages:
-            del self._hash[page.gfn]
+            del self._hash[key]
         if not pinned:
             self._zapped.append(page)
 
@@ -146,8 +271,24 @@ class PageTable:
 
     def take_zapped(self) -> list[MmuPage]:
         """Return the pages zapped so far: the caller flushes every processor, then commit_zap()."""
+        if not self._zapped:
+            return _NONE
         zapped, self._zapped = self._zapped, []
         return zapped
+
+    def take_all(self) -> list[MmuPage]:
+        """Start anew without pages, and return those there were, oldest first."""
+        pages = list(self._by_spt.values())
+        self._by_spt, self._hash = {}, {}
+        return pages
+
+
+_NONE: list[MmuPage] = []
+
+
+def _hashfn(gfn: int) -> int:
+    """kvm_page_table_hashfn(): 4096 buckets."""
+    return (gfn * _GOLDEN_RATIO_64 & 0xFFFF_FFFF_FFFF_FFFF) >> 64 - KVM_MMU_HASH_SHIFT
 
 
 def commit_zap(zapped: list[MmuPage]) -> None:

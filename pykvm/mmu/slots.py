@@ -34,7 +34,7 @@ class Change(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Memslot:
-    """One slot. `npages` in 4 KiB pages; `dirty_bitmap`: one bit per page, None while not logging."""
+    """One slot. `npages` in 4 KiB pages; `dirty_bitmap`: one bit per page, None while not logging to it."""
 
     as_id: int
     id: int
@@ -43,11 +43,12 @@ class Memslot:
     userspace_addr: Hva
     flags: int
     dirty_bitmap: bytearray | None = None
+    # First frame behind the slot.
+    end_gfn: int = dataclasses.field(init=False)
 
-    @property
-    def end_gfn(self) -> int:
-        """First frame behind the slot."""
-        return self.base_gfn + self.npages
+    def __post_init__(self) -> None:
+        """Compute what follows."""
+        object.__setattr__(self, "end_gfn", self.base_gfn + self.npages)
 
     @property
     def readonly(self) -> bool:

@@ -20,8 +20,12 @@ RWX = lib.SPTE_RWX
 PS = lib.SPTE_PS
 ACCESSED = lib.SPTE_A
 DIRTY = lib.SPTE_D
+ROM = lib.SPTE_ROM
+GUEST_USER = lib.SPTE_GUEST_USER
 PFN_MASK = lib.SPTE_PFN
 MMIO_VALUE = lib.SPTE_MMIO
+MMIO_U = lib.SPTE_MMIO_U
+MMIO_W = lib.SPTE_MMIO_W
 
 # The host lets us write the page; without it a guest write is a fault of the host's.
 HOST_WRITABLE = 1 << 52
@@ -36,15 +40,25 @@ _GEN_LOW_MASK = (1 << _GEN_LOW_BITS) - 1
 _GEN_HIGH_MASK = (1 << _GEN_HIGH_BITS) - 1
 MMIO_GEN_MASK = _GEN_LOW_MASK << 3 | _GEN_HIGH_MASK << 52
 
+_OURS = HOST_WRITABLE | MMU_WRITABLE
+_PROCESSORS = RWX | U | PS | ACCESSED | DIRTY | ROM | GUEST_USER | PFN_MASK
+if _OURS & _PROCESSORS or MMIO_GEN_MASK & (RWX | MMIO_U | MMIO_W | PFN_MASK):
+    msg = "bits of an spte overlap"
+    raise AssertionError(msg)
+
 
 def mmio_generation(generation: int) -> int:
     """Return a memslot generation as the bits an MMIO spte carries it in."""
     return (generation & _GEN_LOW_MASK) << 3 | (generation >> _GEN_LOW_BITS & _GEN_HIGH_MASK) << 52
 
 
-def make_mmio_spte(gfn: int, generation: int) -> Spte:
-    """Return an entry that tells the processor: no memory here, as of this generation."""
-    return Spte(MMIO_VALUE | gfn << 12 & PFN_MASK | mmio_generation(generation))
+def make_mmio_spte(gfn: int, gen_bits: int, *, user: bool = False, writable: bool = False) -> Spte:
+    """Return an entry that tells the processor: no memory here, as of this generation.
+
+    gen_bits: what `mmio_generation` returned; user, writable: what the guest's tables allow, which
+    only shadow paging has to tell.
+    """
+    return Spte(MMIO_VALUE | gfn << 12 & PFN_MASK | gen_bits | MMIO_U * user | MMIO_W * writable)
 
 
 def make_spte(hva: int, level: int, *, writable: bool, host_writable: bool) -> Spte:

@@ -9,32 +9,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pykvm import trace
 from pykvm.abi import CData, Gfn, lib
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.pages import MmuPage, PageTable, Role
+from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pykvm.mmu.base import Stat
     from pykvm.mmu.slots import Memslot
+    from pykvm.mmu.stat import VmStat
 
 
 class Tdp:
     """The tables of one address space."""
 
-    def __init__(self, pages: PageTable, role: Role, stat: Stat) -> None:
+    def __init__(self, pages: PageTable, role: Role, stat: VmStat, cache: MemoryCache) -> None:
         """Allocate the root."""
         self.pages = pages
         self.stat = stat
-        self.root = pages.alloc(Gfn(0), role)
+        self.root = pages.alloc(Gfn(0), role, cache)
         self.root.root_count = 1
 
-    def map(self, gfn: int, level: int, spte: int) -> bool:
-        """Install a leaf for the frame at `level`; True when an old translation must be flushed."""
-        page, flush = self._descend(gfn, level)
-        sptep = page.sptep(gfn)
-        old = sptes.read(sptep)
+    def map(self, gfn: int, level: int, spte: int, cache: MemoryCache) -> bool:
+        """Install a leaf for the frame at `level`; True when an old translation must be flushed.
+
+        cache: has tables for those that are missing on the way.
+        """
+        page, flush = self._descend(gfn, level, cache)
+        index = sptes.index(gfn, level)
+        sptep = page.spt + index
+        old = page.view[index]
         if sptes.is_shadow_present(old):
             if not sptes.is_last(old, level):
                 self._zap_subtree(self.pages.child(old))
@@ -43,46 +48,61 @@ class Tdp:
             # The processor may have set D since: it is the page's, keep it.
             spte |= old & sptes.DIRTY if not (old ^ spte) & sptes.PFN_MASK else 0
         self._count(lib.spte_xchg(sptep, spte), spte, level)
+        if trace.kvm_mmu_set_spte.enabled:
+            trace.kvm_mmu_set_spte(gfn=gfn, spte=spte, level=level, sptep=page.spt_addr + 8 * index)
         return flush
 
     def _count(self, old: int, new: int, level: int) -> None:
         was = sptes.is_shadow_present(old) and sptes.is_last(old, level)
         self.stat.count_page(level, sptes.is_shadow_present(new) - was)
 
-    def _descend(self, gfn: int, level: int) -> tuple[MmuPage, bool]:
+    def _descend(self, gfn: int, level: int, cache: MemoryCache) -> tuple[MmuPage, bool]:
         """Return the table of `level` for the frame, making those missing on the way."""
-        page, flush = self.root, False
-        while page.role.level > level:
-            sptep = page.sptep(gfn)
-            spte = sptes.read(sptep)
-            if sptes.is_shadow_present(spte) and not sptes.is_large(spte):
+        page, flush, at = self.root, False, self.root.role.level
+        while at > level:
+            index = sptes.index(gfn, at)
+            spte = page.view[index]
+            if spte & sptes.R and not spte & sptes.PS:
                 page = self.pages.child(spte)
-                continue
-            # A large leaf in the way goes: its frames come back one by one.
-            flush = flush or sptes.is_shadow_present(spte)
-            child = self._link_child(page, gfn)
-            self._count(lib.spte_xchg(sptep, sptes.make_nonleaf_spte(child.spt_addr)), 0, page.role.level)
-            page = child
+            else:
+                # A large leaf in the way goes: its frames come back one by one.
+                flush = flush or sptes.is_shadow_present(spte)
+                page = self._link_child(page, index, gfn, cache)
+            at -= 1
         return page, flush
 
-    def _link_child(self, page: MmuPage, gfn: int) -> MmuPage:
+    def _link_child(self, page: MmuPage, index: int, gfn: int, cache: MemoryCache) -> MmuPage:
         level = page.role.level - 1
         base = gfn & ~(sptes.pages_per(level + 1) - 1)
-        child = self.pages.alloc(Gfn(base), Role(level, smm=page.role.smm))
-        child.parents.add((page, sptes.index(gfn, page.role.level)))
+        child = self.pages.alloc(Gfn(base), Role(level, smm=page.role.smm), cache)
+        child.add_parent(page.spt_addr + 8 * index)
+        old = lib.spte_xchg(page.spt + index, sptes.make_nonleaf_spte(child.spt_addr))
+        self._count(old, 0, page.role.level)
         return child
 
     def find(self, gfn: int) -> tuple[CData, int, int] | None:
         """Return (sptep, spte, level) of the leaf that maps the frame, or None."""
-        page = self.root
+        page, level = self.root, self.root.role.level
         while True:
-            sptep = page.sptep(gfn)
-            spte = sptes.read(sptep)
-            if not sptes.is_shadow_present(spte):
+            index = sptes.index(gfn, level)
+            spte = page.view[index]
+            if not spte & sptes.R:
                 return None
-            if sptes.is_last(spte, page.role.level):
-                return sptep, spte, page.role.level
+            if level == sptes.PG_LEVEL_4K or spte & sptes.PS:
+                return page.spt + index, spte, level
             page = self.pages.child(spte)
+            level -= 1
+
+    def last_table(self, gfn: int) -> MmuPage | None:
+        """Return the level-1 table that covers the frame, or None."""
+        page, level = self.root, self.root.role.level
+        while level > sptes.PG_LEVEL_4K:
+            spte = page.view[sptes.index(gfn, level)]
+            if not spte & sptes.R or spte & sptes.PS:
+                return None
+            page = self.pages.child(spte)
+            level -= 1
+        return page
 
     def leaves(self, first: int, end: int) -> Iterator[tuple[MmuPage, int, int]]:
         """Yield (page, index, spte) of every leaf or MMIO entry that covers frames in [first, end)."""
@@ -105,31 +125,28 @@ class Tdp:
 
     def zap_range(self, first: int, end: int) -> bool:
         """Drop every translation of frames in [first, end); True when processors must flush."""
-        flush = False
-        for page, i, spte in list(self.leaves(first, end)):
-            self._drop(page, i)
-            flush = flush or sptes.is_shadow_present(spte)
-        return self._prune(self.root, first, end) or flush
+        return self._zap(self.root, first, end)
 
-    def _prune(self, page: MmuPage, first: int, end: int) -> bool:
-        """Unlink the tables below `page` that cover nothing but frames in the range."""
+    def _zap(self, page: MmuPage, first: int, end: int) -> bool:
+        """Drop leaves in the range, and the tables below `page` that cover nothing else."""
         level = page.role.level
-        if level == sptes.PG_LEVEL_4K:
-            return False
         span, flush = sptes.pages_per(level), False
-        for i, spte in enumerate(page.entries()):
-            base = page.gfn + i * span
-            if not sptes.is_shadow_present(spte) or sptes.is_large(spte):
+        low = max(first - page.gfn, 0) // span
+        high = min(-(-(end - page.gfn) // span), sptes.PT64_ENTRIES)
+        for i, spte in enumerate(page.entries()[low:high], low):
+            if not spte:
                 continue
-            if base >= end or base + span <= first:
+            if not spte & sptes.R or sptes.is_last(spte, level):
+                self._drop(page, i)
+                flush = flush or sptes.is_shadow_present(spte)
                 continue
-            child = self.pages.child(spte)
+            child, base = self.pages.child(spte), page.gfn + i * span
             if first <= base and base + span <= end:
                 lib.spte_xchg(page.spt + i, 0)
                 self._zap_subtree(child)
                 flush = True
             else:
-                flush = self._prune(child, first, end) or flush
+                flush = self._zap(child, first, end) or flush
         return flush
 
     def zap_mmio(self) -> None:
@@ -162,6 +179,19 @@ class Tdp:
                 flush = True
             elif sptes.clear_bits(sptep, sptes.W | sptes.DIRTY) & sptes.W:
                 flush = True
+        return flush
+
+    def write_protect_words(self, words: Iterable[tuple[int, CData]]) -> bool:
+        """Do the same for frames given as (frame number / 512, mask of 512 bits). True: flush."""
+        flush = False
+        for number, mask in words:
+            first = number << sptes.PT64_LEVEL_BITS
+            table = self.last_table(first)
+            if table is not None:
+                old = lib.spt_clear_bits(table.spt, mask, sptes.W | sptes.DIRTY)
+                flush = flush or bool(old & sptes.W)
+            elif self.find(first) is not None:
+                flush = self.write_protect((first,)) or flush
         return flush
 
     def write_protect_slot(self, slot: Memslot) -> bool:

@@ -12,6 +12,7 @@ from pykvm.mmu.audit import audit
 from pykvm.mmu.direct import TdpMmu
 from pykvm.mmu.guest import GuestTables
 from pykvm.mmu.shadow import ShadowMmu
+from pykvm.mmu.stat import VcpuStat
 from pykvm.mmu.walk import Access, Fault, Paging, Walk
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def spte_bits(spte: int) -> str:
         (sptes.PS, "large"),
         (sptes.ACCESSED, "A"),
         (sptes.DIRTY, "D"),
+        (sptes.ROM, "rom"),
+        (sptes.GUEST_USER, "guest-user"),
         (sptes.HOST_WRITABLE, "host-writable"),
         (sptes.MMU_WRITABLE, "mmu-writable"),
     )
@@ -92,7 +95,7 @@ def gpte_bits(entry: int, paging: Paging) -> str:
         (guest_walk.LARGE, "PS"),
         (guest_walk.GLOBAL, "G"),
     ]
-    if paging.entry_bytes > 4:
+    if paging.mode.format.entry_bytes > 4:
         names.append((guest_walk.NX, "NX"))
     return " ".join(name for bit, name in names if entry & bit) or "none"
 
@@ -122,7 +125,7 @@ class MmuView:
             page.root_count,
             page.unsync,
             page.unsync_children,
-            tuple((parent.spt_addr, index) for parent, index in page.parents),
+            tuple((sptep & ~0xFFF, sptep >> 3 & 511) for sptep in page.parents()),
             tuple(page.entries()),
         )
 
@@ -132,7 +135,9 @@ class MmuView:
         with mmu.lock:
             if isinstance(mmu, ShadowMmu):
                 levels = (sptes.PG_LEVEL_4K, sptes.PG_LEVEL_2M, sptes.PG_LEVEL_1G)
-                found = [pte for level in levels for pte in mmu.rmap.of(as_id, level, gfn)]
+                found = [
+                    mmu.pages.sptep_to_sp(pte) for level in levels for pte in mmu.rmap.of(as_id, level, gfn)
+                ]
             else:
                 found = self._tdp_leaves(mmu, gfn, as_id)
             return tuple((self._page(page), index) for page, index in found)
@@ -156,7 +161,7 @@ class MmuView:
         gfn, fault = gla >> 12, None
         if paging.root_level:
             guest = GuestTables(self._vm, vcpu.as_id)
-            found = guest_walk.walk_addr(paging, gla, want or Access(ac=True), guest.read, None)
+            found = guest_walk.walk_addr(paging, gla, want or Access(ac=True), guest, mark=False)
             if isinstance(found, Fault):
                 return WalkView(gla, (), None, found.error_code, ())
             steps, gfn = self._guest_steps(paging, gla, found), found.gfn
@@ -166,8 +171,9 @@ class MmuView:
 
     def _guest_steps(self, paging: Paging, gla: int, found: Walk) -> tuple[Step, ...]:
         top = found.level + len(found.tables) - 1
+        form = paging.mode.format
         return tuple(
-            Step(top - i, table, paging.index(gla, top - i), entry, gpte_bits(entry, paging))
+            Step(top - i, table, form.index(gla, top - i), entry, gpte_bits(entry, paging))
             for i, (table, entry) in enumerate(zip(found.tables, found.entries, strict=True))
         )
 
@@ -183,7 +189,7 @@ class MmuView:
         steps = []
         while page is not None:
             index = sptes.index(key, page.role.level)
-            spte = sptes.read(page.spt + index)
+            spte = page.view[index]
             steps.append(Step(page.role.level, page.spt_addr, index, spte, spte_bits(spte)))
             if not sptes.is_shadow_present(spte) or sptes.is_last(spte, page.role.level):
                 break
@@ -195,5 +201,8 @@ class MmuView:
         return audit(self._vm.mmu, self._vm.memslots)
 
     def stat(self) -> dict[str, int]:
-        """Return the MMU's statistics, by KVM's names."""
-        return dataclasses.asdict(self._vm.mmu.stat)
+        """Return the MMU's statistics by KVM's names: the VM's, and the sum of its vCPUs'."""
+        stat = dataclasses.asdict(self._vm.mmu.stat)
+        for field in dataclasses.fields(VcpuStat):
+            stat[field.name] = sum(getattr(vcpu.stat, field.name) for vcpu in self._vm.vcpus.values())
+        return stat

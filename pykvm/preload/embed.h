@@ -17,6 +17,8 @@ struct embed_settings {
     const char *home;       /* the Python installation */
     const char *path;       /* its module search path, ':' between entries */
     const char *extensions; /* names with ',' between them */
+    const char *kernel;     /* names of the profiles that the device claims to be */
+    const char *cpu;
     void (*set_ranges)(const struct embed_range *, int); /* host memory behind slots, sorted */
 };
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 EMBEDDING_API = """
 struct embed_range { uint64_t start, end; };
 struct embed_settings {
-    const char *home, *path, *extensions;
+    const char *home, *path, *extensions, *kernel, *cpu;
     void (*set_ranges)(const struct embed_range *, int);
 };
 int pykvm_embed_open(int flags);
@@ -76,6 +76,8 @@ class _Shim:
         self._ffi = embedding
         self._set_ranges: Any = None
         self._extensions: frozenset[str] = frozenset()
+        self._kernel: str | None = None
+        self._cpu: str | None = None
         self._renew_lock()
         os.register_at_fork(after_in_child=self._renew_lock)
         self._slot_requests = {uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_SET_USER_MEMORY_REGION2}
@@ -83,18 +85,23 @@ class _Shim:
     def start(self, settings: Any, own_interpreter: int) -> int:
         """Take what `pykvm exec` and the shim have to say."""
         self._set_ranges = settings.set_ranges
-        if settings.extensions:
-            names = self._ffi.string(settings.extensions).decode()
-            self._extensions = frozenset(filter(None, names.split(",")))
+        names = self._text(settings.extensions) or ""
+        self._extensions = frozenset(filter(None, names.split(",")))
+        self._kernel = self._text(settings.kernel)
+        self._cpu = self._text(settings.cpu)
         if own_interpreter:
             sys.setswitchinterval(SWITCH_INTERVAL)
         # Not 0: that is what cffi answers when this module cannot be imported.
         return 1
 
+    def _text(self, string: Any) -> str | None:
+        return self._ffi.string(string).decode() if string else None
+
     def open(self, flags: int) -> int:
         """Open the device; a descriptor or a negated errno."""
         try:
-            return System(self._extensions).open(cloexec=bool(flags & os.O_CLOEXEC))
+            system = System(self._extensions, kernel=self._kernel, cpu=self._cpu)
+            return system.open(cloexec=bool(flags & os.O_CLOEXEC))
         except KvmError as error:
             return -(error.errno or EIO)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pykvm.kvm import profile
 from pykvm.kvm.system import EXTENSIONS as KNOWN_EXTENSIONS
 from pykvm.preload.doctor import LIBRARY, examine
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 HOME = "PYKVM_EXEC_HOME"
 PATH = "PYKVM_EXEC_PATH"
 EXTENSIONS = "PYKVM_EXEC_EXTENSIONS"
+KERNEL = "PYKVM_EXEC_KERNEL"
+CPU = "PYKVM_EXEC_CPU"
 # Exit status when the program was not started.
 CANNOT_RUN = 2
 
@@ -39,8 +42,12 @@ def search_path() -> list[str]:
     return list(dict.fromkeys(str(Path(entry).absolute()) for entry in [*entries, package] if entry))
 
 
-def environment(extensions: Iterable[str], base: Mapping[str, str]) -> dict[str, str]:
+def environment(
+    extensions: Iterable[str], base: Mapping[str, str], *, kernel: str | None = None, cpu: str | None = None
+) -> dict[str, str]:
     """Return `base` with what loads the library into a program."""
+    claims = {KERNEL: kernel, CPU: cpu}
+    base = {name: value for name, value in base.items() if name not in claims}
     loaded = base.get("LD_PRELOAD", "").replace(":", " ").split()
     others = [entry for entry in loaded if entry != str(LIBRARY)]
     return {
@@ -49,6 +56,7 @@ def environment(extensions: Iterable[str], base: Mapping[str, str]) -> dict[str,
         HOME: sys.base_prefix,
         PATH: os.pathsep.join(search_path()),
         EXTENSIONS: ",".join(sorted(extensions)),
+        **{name: value for name, value in claims.items() if value is not None},
     }
 
 
@@ -62,7 +70,9 @@ def undo_python() -> None:
         os.environ.pop("LC_CTYPE", None)
 
 
-def check(argv: Sequence[str], extensions: Iterable[str]) -> str:
+def check(
+    argv: Sequence[str], extensions: Iterable[str], *, kernel: str | None = None, cpu: str | None = None
+) -> str:
     """Return the file to execute.  Raises CannotRunError when pykvm would not be in it."""
     if not argv:
         raise CannotRunError("no program given")
@@ -72,18 +82,27 @@ def check(argv: Sequence[str], extensions: Iterable[str]) -> str:
     for name in extensions:
         if name not in KNOWN_EXTENSIONS:
             raise CannotRunError(f"no extension {name}; there is {', '.join(sorted(KNOWN_EXTENSIONS))}")
+    try:
+        profile.kernel(kernel or profile.DEFAULT_KERNEL)
+        profile.processor(cpu or profile.DEFAULT_PROCESSOR)
+    except ValueError as error:
+        raise CannotRunError(str(error)) from None
     return diagnosis.path
 
 
-def run(argv: Sequence[str], extensions: Iterable[str] = ()) -> int:
+def run(
+    argv: Sequence[str], extensions: Iterable[str] = (), *, kernel: str | None = None, cpu: str | None = None
+) -> int:
     """Replace this process by the program argv[0]; returns, with status 2, only when that cannot be.
 
-    `extensions`: names of pykvm's extensions that the fake device is to have.
+    `extensions`: names of pykvm's extensions that the fake device is to have; `kernel`, `cpu`: names of
+    the profiles it claims to be.
     """
     try:
-        path = check(argv, extensions)
+        path = check(argv, extensions, kernel=kernel, cpu=cpu)
         undo_python()
-        os.execve(path, list(argv), environment(extensions, os.environ))  # noqa: S606  becoming it is the point
+        env = environment(extensions, os.environ, kernel=kernel, cpu=cpu)
+        os.execve(path, list(argv), env)  # noqa: S606  becoming it is the point
     except CannotRunError as error:
         print(f"pykvm: {error}", file=sys.stderr)
     except OSError as error:

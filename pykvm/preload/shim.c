@@ -205,6 +205,8 @@ static bool load(void)
         .home = setting("PYKVM_EXEC_HOME"),
         .path = setting("PYKVM_EXEC_PATH"),
         .extensions = setting("PYKVM_EXEC_EXTENSIONS"),
+        .kernel = setting("PYKVM_EXEC_KERNEL"),
+        .cpu = setting("PYKVM_EXEC_CPU"),
         .set_ranges = set_ranges,
     };
 

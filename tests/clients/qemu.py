@@ -80,10 +80,10 @@ class Console:
         """Wait for a text after all that was waited for before; return the seconds since the start."""
         end = time.monotonic() + seconds
         while (found := self.text.find(what, self._position)) < 0:
-            if time.monotonic() > end or not self._read():
-                raise ConsoleError(
-                    f"no {what!r} after {seconds} s; the end of the output:\n{self.text[-1500:]}"
-                )
+            if time.monotonic() > end:
+                raise ConsoleError(f"no {what!r} in {seconds} s:\n{self.text[-1500:]}")
+            if not self._read():
+                raise ConsoleError(f"QEMU ended without {what!r}:\n{self.text[-1500:]}")
         self._position = found + len(what)
         return time.monotonic() - self._started
 

@@ -348,7 +348,7 @@ static int same_exception(const struct fuzz_case *c, const struct fuzz_result *a
     if (a->vector != b->vector)
         return 0;
     if (a->vector == 14 && c->flags & FUZZ_PARTS)
-        return a->cr2 - b->cr2 + PAGE < 2 * PAGE;
+        return a->cr2 - b->cr2 + PAGE < 2 * PAGE || (is_foreign(a->cr2) && is_foreign(b->cr2));
     if (a->vector == 14 && is_foreign(a->cr2) && is_foreign(b->cr2))
         return a->cr2 == b->cr2;
     return a->vector < 0 || (a->error == b->error && (a->vector != 14 || a->cr2 == b->cr2));

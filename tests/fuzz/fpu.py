@@ -81,11 +81,12 @@ def ignored(row: Row, e: Encoding) -> list[tuple[int, int]]:
     if not e.memory:
         return []
     if row.name in {"fnstenv", "fnsave"}:
-        # FCS and FDS: zero where CPUID.7.EBX bit 13 is set, as we have it (SDM vol. 1 8.1.8)
+        # FCS and FDS: zero where CPUID.7.EBX bit 13 is set, as we have it (SDM vol. 1 8.1.8). FIP, FOP
+        # and FDP are lost on AMD when the host is interrupted before it
         field = 2 if e.opsize(row) == 2 else 4
-        return [(e.target + 4 * field, 2), (e.target + 6 * field, 2)]
+        return [(e.target + 3 * field, 4 * field)]
     if "save" in row.name:
-        # FOP, FIP, FDP: saved by AMD only with an exception pending (APM vol. 2 11.4.4), and the last
-        # ones of the host are the kernel's when it was interrupted; MXCSR_MASK: AMD has bit 17
+        # FOP, FIP, FDP: saved by AMD only with an exception pending (APM vol. 2 11.4.4);
+        # MXCSR_MASK: AMD has bit 17
         return [(e.target + 6, 18), (e.target + 28, 4)]
     return []

@@ -103,6 +103,7 @@ class Machine:
         self.ctl: Any = vmcs.ctl
         self.exit: Any = vmcs.exit
         self._tables: list[Any] = []
+        self._holes: set[int] = set()
         self._root = self._table()
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(self.ram)))
         for gpa in range(0, mem_size, 4096):
@@ -143,13 +144,21 @@ class Machine:
     def map(self, gpa: int, rights: int = 7, target: int | None = None) -> None:
         """Map the page of gpa to the RAM of the same address, or of `target`; rights 0: unmap."""
         hva = self.hva + (gpa if target is None else target) & ~0xFFF
+        plain = rights & 7 == 7 and (target is None or target & ~0xFFF == gpa & ~0xFFF)
+        (self._holes.discard if plain else self._holes.add)(gpa & ~0xFFF)
         lib.spte_xchg(self._slot(gpa), hva | rights if rights else 0)
         lib.cpu_flush_tlb(self.cpu)
 
     def unmap(self, gpa: int) -> None:
         self.map(gpa, 0)
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether a page is anything but RAM with all rights."""
+        return bool(self._holes)
+
     def map_mmio(self, gpa: int) -> None:
+        self._holes.add(gpa & ~0xFFF)
         self.ctl.mmio_gen_mask = self.ctl.mmio_gen = lib.SPTE_MMIO
         self.ctl.mmio_gen_mask |= 1
         lib.spte_xchg(self._slot(gpa), gpa & ~0xFFF | lib.SPTE_MMIO)
