@@ -186,7 +186,7 @@ def caps(device: str | None, kernel: str | None, cpu: str | None) -> None:
 
 
 @main.command()
-@click.option("--markdown", is_flag=True, help="as the tables in the documentation")
+@click.option("--markdown", is_flag=True, help="as the tables in docs/profiles.md")
 def profiles(markdown: bool) -> None:
     """List the kernels and processors that the fake device can claim to be.
 
@@ -196,14 +196,11 @@ def profiles(markdown: bool) -> None:
     """
     from pykvm import doc
 
-    for option, head, rows in (
-        ("--kernel", doc.KERNEL_HEAD, doc.kernel_rows()),
-        ("--cpu", doc.CPU_HEAD, doc.cpu_rows()),
-    ):
-        if markdown:
-            click.echo(doc.markdown(rows, head))
-        else:
-            click.echo(doc.text((option, row[0], row[-1]) for row in rows), nl=False)
+    if markdown:
+        click.echo(doc.profiles(), nl=False)
+        return
+    for option, rows in (("--kernel", doc.kernel_rows()), ("--cpu", doc.cpu_rows())):
+        click.echo(doc.text((option, row[0], row[-1]) for row in rows), nl=False)
 
 
 @main.command()

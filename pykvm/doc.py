@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
 from pykvm.abi import ffi, lib
 from pykvm.abi.ioctl import Ioctl, rows
+from pykvm.kvm import profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,6 +61,41 @@ def _insn_cells(words: list[str]) -> tuple[str, ...]:
         at += 1
     operands = words[at + 1] if len(words) > at + 1 else ""
     return " ".join(words[:at]), words[at], operands, " ".join(words[at + 2 :])
+
+
+def profiles() -> str:
+    """Return the tables of kernels and processors for the documentation."""
+    return markdown(kernel_rows(), KERNEL_HEAD) + "\n" + markdown(cpu_rows(), CPU_HEAD)
+
+
+def kernel_rows() -> list[tuple[str, ...]]:
+    """Return the table of kernels that the device can claim to be, of what their profiles say."""
+    return [_kernel_cells(profile.kernel(name)) for name in profile.kernels()]
+
+
+def _kernel_cells(kernel: profile.Kernel) -> tuple[str, ...]:
+    limits = kernel.limits
+    requests = "all" if kernel.ioctls is None else str(sum(map(len, kernel.ioctls.values())))
+    caps = "all" if kernel.capabilities is None else str(len(kernel.capabilities))
+    numbers = (limits.memslots, limits.vcpus, limits.cpuid_entries)
+    leaf = f"{kernel.cpuid.signature_eax:#x}"
+    return kernel.name, requests, caps, *map(str, numbers), leaf, kernel.title
+
+
+def cpu_rows() -> list[tuple[str, ...]]:
+    """Return the table of processors that the device can claim to be, by vendor and age."""
+    found = [profile.processor(name) for name in profile.processors()]
+    found.sort(key=lambda each: (not each.as_built, each.vendor == "amd", each.family, len(each.features)))
+    return [_cpu_cells(each) for each in found]
+
+
+def _cpu_cells(cpu: profile.Processor) -> tuple[str, ...]:
+    if cpu.as_built:
+        return cpu.name, cpu.vendor, "", "", "all", "two-dimensional", cpu.title
+    signature = f"{cpu.family:#x}, {cpu.model:#x}, {cpu.stepping}"
+    paging = "two-dimensional" if cpu.two_dimensional_paging else "shadow"
+    bits = f"{cpu.phys_bits}, {cpu.virt_bits}"
+    return cpu.name, cpu.vendor, signature, bits, str(len(cpu.features)), paging, cpu.title
 
 
 def markdown(lines: Iterable[tuple[str, ...]], head: tuple[str, ...]) -> str:

@@ -80,7 +80,9 @@ kvm_mmu_spte_requested = Tracepoint("kvm_mmu_spte_requested", "gfn {gfn:x} hva {
 mark_mmio_spte = Tracepoint("mark_mmio_spte", "sptep:{sptep:x} gfn {gfn:x} access {access:x} gen {gen:x}")
 handle_mmio_page_fault = Tracepoint("handle_mmio_page_fault", "addr:{addr:x} gfn {gfn:x} access {access:x}")
 check_mmio_spte = Tracepoint("check_mmio_spte", "spte {spte:x} kvm_gen {gen:x} valid {valid}")
-fast_page_fault = Tracepoint("fast_page_fault", "vcpu {vcpu} gva {addr:x} old {old:#x} new {new:x} fixed {fixed}")
+fast_page_fault = Tracepoint(
+    "fast_page_fault", "vcpu {vcpu} gva {addr:x} old {old:#x} new {new:x} fixed {fixed}"
+)
 # The one the kernel does not have: every call with its answer, and why it was refused.
 kvm_ioctl = Tracepoint("kvm_ioctl", "fd {fd} {kind} {name} arg {arg:#x} = {result}")
 
@@ -111,7 +113,8 @@ def listen(names: str, listener: Callable[[str, Mapping[str, object]], None]) ->
 
     names: a comma-separated list, or "all".
     """
-    points = [p for p in TRACEPOINTS.values() if names == "all" or p.name in names.replace(" ", "").split(",")]
+    wanted = set(TRACEPOINTS) if names == "all" else {name.strip() for name in names.split(",")}
+    points = [TRACEPOINTS[name] for name in wanted]
     for point in points:
         point.listeners += (listener,)
         point.update()

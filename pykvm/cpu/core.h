@@ -258,7 +258,13 @@ struct tlbe {
 
 /* One per privilege the page tables distinguish. An entry is filled only when the access
  * needs nothing more: rights checked, A and D set, RAM, and for w: no decoded code in the page. */
-enum tlb_ctx { CTX_KERNEL, CTX_KERNEL_SMAP, CTX_USER, NR_CTX };
+enum tlb_ctx {
+    CTX_KERNEL,
+    CTX_KERNEL_SMAP,
+    CTX_USER,
+    CTX_USER_AC, /* user, and alignment is checked: never filled for data, so no fast path */
+    NR_CTX
+};
 struct tlb {
     struct tlbe r[TLB_SIZE], w[TLB_SIZE], x[TLB_SIZE];
 };
@@ -608,6 +614,7 @@ bool raise_exit(struct cpu *cpu, u32 reason);
 #define ACC_FETCH 2
 #define ACC_STACK 0x10    /* non-canonical is #SS(0) */
 #define ACC_SYSTEM 0x20   /* implicit supervisor access: descriptor tables, TSS */
+#define ACC_BYTES 0x40    /* any alignment will do */
 
 /* Slow paths (tlb.c): TLB miss, page crossing, MMIO, code pages. They set cpu->stop on false. */
 bool mem_read(struct cpu *cpu, u64 la, void *p, unsigned size, unsigned access);
@@ -808,12 +815,17 @@ void tlb_breakpoints(struct cpu *cpu);
 /* Host address of the instruction byte at la, rights checked; 0 with cpu->stop set. Read it with
  * host_load(): the page may be gone. */
 uintptr_t tlb_fetch(struct cpu *cpu, u64 la);
+/* CR0.AM and EFLAGS.AC, which mean something at CPL 3 only */
+static inline bool checks_alignment(const struct cpu *cpu)
+{
+    return cpu->vmcs.guest.rflags & X86_EFLAGS_AC && cpu->vmcs.guest.cr0 & X86_CR0_AM;
+}
 /* The context of data accesses: cpu->tlb = &cpu->ctx[tlb_context(cpu, ...)]. system: implicit
  * supervisor access, which SMAP checks whatever EFLAGS.AC says (SDM vol. 3 4.6.1). */
 static inline enum tlb_ctx tlb_context(const struct cpu *cpu, bool system)
 {
     if (cpu->cpl == 3 && !system)
-        return CTX_USER;
+        return unlikely(checks_alignment(cpu)) ? CTX_USER_AC : CTX_USER;
     if (!(cpu->vmcs.guest.cr4 & X86_CR4_SMAP))
         return CTX_KERNEL;
     return system || !(cpu->vmcs.guest.rflags & X86_EFLAGS_AC) ? CTX_KERNEL_SMAP : CTX_KERNEL;

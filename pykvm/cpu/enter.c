@@ -183,9 +183,14 @@ static inline bool is_iteration(const struct cpu *cpu, const struct block *b)
     return unlikely(b->repeats) && GUEST(cpu).rip == insn_rip(cpu, &b->insn[b->n - 1]);
 }
 
-static inline unsigned retired(const struct cpu *cpu, const struct block *b)
+/* Instructions of the block that retired.  What comes between two iterations finds RF set, so that an
+ * instruction breakpoint is met once: SDM vol. 3 17.3.1.1. */
+static inline unsigned retire_block(struct cpu *cpu, const struct block *b)
 {
-    return b->n - is_iteration(cpu, b);
+    if (likely(!is_iteration(cpu, b)))
+        return b->n;
+    GUEST(cpu).rflags |= X86_EFLAGS_RF;
+    return b->n - 1u;
 }
 
 static bool step_one(struct cpu *cpu);
@@ -223,10 +228,10 @@ static bool handle_stop(struct cpu *cpu)
     switch (cpu->stop) {
     case STOP_EXCEPTION: return handle_exception(cpu);
     case STOP_EXIT_DONE:
-        cpu->budget -= !is_iteration(cpu, cpu->block);
         fill_insn(cpu);
         if (!stepping) /* step_one() knows what TF was */
             retire(cpu, cpu->insn, false);
+        cpu->budget -= retire_block(cpu, cpu->block) - (cpu->block->n - 1u);
         return false;
     case STOP_STEP:
         cpu->block = NULL;
@@ -284,8 +289,8 @@ static bool step_one(struct cpu *cpu)
     cpu->step = false;
     cpu->insn = b->insn;
     cpu->repeating = is_iteration(cpu, b);
-    cpu->budget -= !cpu->repeating;
     retire(cpu, b->insn, tf);
+    cpu->budget -= retire_block(cpu, b);
     bool go_on = post_writes(cpu);
     cpu->block = NULL;
     return go_on;
@@ -396,7 +401,8 @@ static enum next boundary(struct cpu *cpu)
         leave(cpu, EXIT_IRQ_WINDOW);
         return LEAVE;
     }
-    if (cpu->attention & ATTENTION_BREAKPOINTS && !(g->rflags & X86_EFLAGS_RF)) {
+    if (cpu->attention & ATTENTION_BREAKPOINTS && !(g->rflags & X86_EFLAGS_RF) &&
+        !(g->interruptibility & CPU_BLOCK_MOVSS)) {
         dr6 = breakpoint_hits(cpu);
         if (dr6)
             return deliver_debug(cpu, dr6) ? AGAIN : LEAVE;
@@ -459,9 +465,9 @@ static bool run_blocks(struct cpu *cpu)
                 next = follow(cpu, b, status);
             b = next;
         } else if (likely(status == LOOKUP)) {
-            cpu->budget -= retired(cpu, b);
-            /* a repetition retires nothing until it ends, so the budget alone would not do */
-            if (unlikely(must_look(cpu) || needs_attention(cpu) || is_iteration(cpu, b)))
+            cpu->budget -= retire_block(cpu, b);
+            /* a repetition retires nothing until it ends, but leaves RF behind */
+            if (unlikely(must_look(cpu) || needs_attention(cpu)))
                 return true;
             b = find(cpu);
         } else {

@@ -884,7 +884,7 @@ static int store_table(struct cpu *cpu, const struct insn *i, const struct cpu_t
     memcpy(m, &limit, 2);
     memcpy(m + 2, &base, 8);
     if (!ea_linear(cpu, i, 2 + base_size, ACC_WRITE, &la) ||
-        !mem_write(cpu, la, m, 2 + base_size, ACC_WRITE | ea_access(i)))
+        !mem_write(cpu, la, m, 2 + base_size, ACC_WRITE | ACC_BYTES | ea_access(i)))
         return stop(cpu, i);
     NEXT(cpu, i);
 }

@@ -405,6 +405,8 @@ static void l1_install(struct cpu *cpu, enum tlb_ctx ctx, const struct l2_entry 
     struct tlb *tlb = &cpu->ctx[ctx];
     struct tlbe *arr = right == E_R ? tlb->r : right == E_W ? tlb->w : tlb->x;
 
+    if (unlikely(ctx == CTX_USER_AC) && right != E_X)
+        return;
     if (unlikely(cpu->ts->nr_breakpoints) && right != E_X && page_has_breakpoint(cpu->ts, e->page))
         return;
     if (right == E_W && !l1_store_allowed(cpu, e->page + (e->word & PAGE_MASK)))
@@ -431,7 +433,7 @@ static bool walk_and_fill(struct cpu *cpu, enum tlb_ctx ctx, unsigned access, u6
 {
     struct translation t;
 
-    if (!walk_linear(cpu, s->la, access, ctx == CTX_USER, &t))
+    if (!walk_linear(cpu, s->la, access, ctx >= CTX_USER, &t))
         return false;
     s->hva = t.hva;
     s->gpa = t.gpa;
@@ -470,6 +472,32 @@ static bool check_canonical(struct cpu *cpu, u64 la, unsigned size, unsigned acc
     return access & ACC_STACK ? raise_ss(cpu, 0) : raise_gp(cpu, 0);
 }
 
+/* SDM vol. 3 table 6-7. 10 bytes: an x87 register; the odd sizes are x87 environments, of two or
+ * four bytes each; whether vectors are checked is the processor's choice (vol. 2, MOVDQU). */
+static unsigned alignment(unsigned size)
+{
+    switch (size) {
+    case 2:
+    case 14:
+    case 94: return 2;
+    case 4:
+    case 28:
+    case 108: return 4;
+    case 8:
+    case 10: return 8;
+    default: return 1;
+    }
+}
+
+/* #AC comes behind page faults: SDM vol. 3 table 6-2. */
+static bool check_alignment(struct cpu *cpu, u64 la, unsigned size, unsigned access)
+{
+    if (likely(cpu->tlb != &cpu->ctx[CTX_USER_AC]) || access & (ACC_SYSTEM | ACC_BYTES) ||
+        cpu->delivering || !(la & (alignment(size) - 1)))
+        return true;
+    return raise_exception(cpu, AC_VECTOR, true, 0);
+}
+
 /* Translates all of an access: nothing is done before every page of it was found. Number of
  * spans, 0 with cpu->stop set. */
 static unsigned translate_spans(struct cpu *cpu, u64 la, unsigned size, unsigned access,
@@ -485,9 +513,9 @@ static unsigned translate_spans(struct cpu *cpu, u64 la, unsigned size, unsigned
     if (!translate(cpu, access, &s[0]))
         return 0;
     if (likely(size <= room))
-        return 1;
+        return check_alignment(cpu, la, size, access);
     s[1] = (struct span){.la = (la + room) & mask, .len = size - room};
-    return translate(cpu, access, &s[1]) ? 2 : 0;
+    return translate(cpu, access, &s[1]) && check_alignment(cpu, la, size, access) ? 2 : 0;
 }
 
 /* ---- MMIO ------------------------------------------------------------------------------------------ */
@@ -667,7 +695,8 @@ void *mem_direct(struct cpu *cpu, u64 la, unsigned access, unsigned *len)
     unsigned room = (unsigned)(PAGE_SIZE - (la & ~PAGE_MASK));
     u32 stop = cpu->stop;
 
-    if (linear_mask(cpu, access) == ~0ull && !is_canonical(cpu, la))
+    if (cpu->tlb == &cpu->ctx[CTX_USER_AC] ||
+        (linear_mask(cpu, access) == ~0ull && !is_canonical(cpu, la)))
         return NULL;
     if (!translate(cpu, access, &s)) {
         cpu->stop = stop; /* the element that meets it raises it again */

@@ -275,6 +275,18 @@ class Events:
             self.interrupt_nr = info & lib.CPU_EVENT_VECTOR
             self.interrupt_soft = kind == lib.CPU_EVENT_SOFT_INTR
 
+    def take_pending_debug(self, vcpu: Vcpu) -> None:
+        """Make an exception of a #DB trap that the processor has due: what is to be saved is seen here.
+
+        A client's breakpoint stays the processor's to report, and after MOV SS the trap is not due yet.
+        """
+        guest, debugged = vcpu.cpu.guest, vcpu.cpu.ctl.exception_bitmap >> uapi.DB_VECTOR & 1
+        blocked = guest.interruptibility & lib.CPU_BLOCK_MOVSS
+        if debugged or blocked or self.exception_pending or self.exception_injected:
+            return
+        dr6, guest.pending_dbg = guest.pending_dbg, 0
+        self.queue_exception(vcpu, uapi.DB_VECTOR, payload=dr6)
+
     def queue_interrupt(self, vector: int) -> None:
         """Inject an external interrupt at the next entry, whatever IF says."""
         self.interrupt_injected = True

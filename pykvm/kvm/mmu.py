@@ -161,9 +161,7 @@ def set_nr_mmu_pages(vm: Vm, count: int) -> int:
     return 0
 
 
-@vm_ioctl(
-    "KVM_GET_NR_MMU_PAGES", Ignored(), cap="KVM_CAP_MMU_SHADOW_CACHE_CONTROL", removed="6.4"
-)
+@vm_ioctl("KVM_GET_NR_MMU_PAGES", Ignored(), cap="KVM_CAP_MMU_SHADOW_CACHE_CONTROL", removed="6.4")
 def get_nr_mmu_pages(vm: Vm) -> int:
     """Return the limit for shadow pages: as set, or one for every fifty pages of memory.
 

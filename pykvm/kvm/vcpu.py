@@ -197,6 +197,8 @@ def run(vcpu: Vcpu) -> int:
             memory_fault(vcpu, *fault.memory_fault)
             raise
         finally:
+            if vcpu.cpu.guest.pending_dbg:
+                vcpu.events.take_pending_debug(vcpu)
             if kvm_run.kvm_valid_regs and rules.sync_regs:
                 regs.store_sync_regs(vcpu)
             post_run_save(vcpu)

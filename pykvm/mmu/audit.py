@@ -121,9 +121,9 @@ def _audit_access(page: MmuPage, index: int, spte: int) -> Iterator[str]:
     if granted & ~allowed:
         yield f"{_name(page, index)}: grants {granted}, recorded are {allowed}"
     # With CR0.WP=0 a supervisor's write gives W for U: the sum is not wider, only other.
-    if page.shadowed is not None and allowed & ~page.role.access & ~ACC_GUEST_USER:
-        if page.role.cr0_wp or not allowed & ACC_WRITE or allowed & ACC_USER:
-            yield f"{_name(page, index)}: has rights {allowed}, its table {page.role.access}"
+    more = page.shadowed is not None and allowed & ~page.role.access & ~ACC_GUEST_USER
+    if more and (page.role.cr0_wp or not allowed & ACC_WRITE or allowed & ACC_USER):
+        yield f"{_name(page, index)}: has rights {allowed}, its table {page.role.access}"
 
 
 def _audit_counts(mmu: Mmu) -> Iterator[str]:
@@ -155,7 +155,7 @@ def _audit_shadow_counts(mmu: ShadowMmu, leaves: Counter[int]) -> Iterator[str]:
         if not mmu.tables.is_shadowed(gfn, smm=smm) or not mmu.tables.disallows_lpage(gfn, 2, smm=smm):
             yield f"{_name(page)}: not counted among the shadowed frames"
     loaded = Counter(
-        page for state in mmu._vcpus.values() for root in state.roots() for page in root.pages if page
+        page for root in mmu.loaded_roots() for page in root.pages if page is not None
     )
     for page in mmu.pages:
         if page.root_count != loaded[page]:

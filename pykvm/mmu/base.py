@@ -1,4 +1,4 @@
-"""What both MMUs have in common: the lock, the statistics, host pages, the dirty log, and flushing processors."""
+"""What both MMUs have in common: lock, statistics, host pages, dirty log, and flushing processors."""
 
 from __future__ import annotations
 

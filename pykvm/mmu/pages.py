@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from errno import ENOMEM
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pykvm import trace
@@ -217,13 +218,11 @@ class PageTable:
         return iter(tuple(self._by_spt.values()))
 
     def oldest(self) -> Iterator[MmuPage]:
-        """Walk active_mmu_pages, oldest first, and look again from the start after each page that was zapped."""
+        """Walk active_mmu_pages, oldest first; the pages that are yielded may be zapped."""
         skipped = 0
         while True:
-            for n, page in enumerate(self._by_spt.values()):
-                if n >= skipped:
-                    break
-            else:
+            page = next(islice(self._by_spt.values(), skipped, None), None)
+            if page is None:
                 return
             before = len(self._by_spt)
             yield page

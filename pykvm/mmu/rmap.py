@@ -135,7 +135,9 @@ class Rmap:
         bits = sptes.PT64_LEVEL_BITS * (level - 1)
         low, high = first >> bits, (end - 1 >> bits) + 1
         keys = range(low >> _CHUNK_BITS, (high - 1 >> _CHUNK_BITS) + 1)
-        for key in [k for k in keys if k in chunks] if len(keys) < len(chunks) else [k for k in chunks if k in keys]:
+        for key in (
+            [k for k in keys if k in chunks] if len(keys) < len(chunks) else [k for k in chunks if k in keys]
+        ):
             chunk, base = chunks[key], key << _CHUNK_BITS
             for at in range(max(low - base, 0), min(high - base, _CHUNK)):
                 if chunk[at]:

@@ -43,10 +43,7 @@ class Root:
     @property
     def obsolete(self) -> bool:
         """Whether a page of it has been zapped while it was loaded."""
-        for page in self.pages:
-            if page is not None and page.invalid:
-                return True
-        return False
+        return any(page is not None and page.invalid for page in self.pages)
 
 
 @dataclasses.dataclass(slots=True)
@@ -61,7 +58,7 @@ class VcpuMmu:
         return (*((self.root,) if self.root else ()), *self.prev_roots)
 
     def take(self, paging: Paging, smm: bool) -> Root | None:
-        """Return the previous root for these registers, out of the list (cached_root_find_and_keep_current)."""
+        """Return the previous root for these registers, out of the list (cached_root_find)."""
         for root in self.prev_roots:
             if root.is_of(paging, smm):
                 self.prev_roots.remove(root)

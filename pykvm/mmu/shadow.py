@@ -112,6 +112,10 @@ class ShadowMmu(Mmu):
         guest.pdptr = pdptrs
         return True
 
+    def loaded_roots(self) -> list[Root]:
+        """Return the roots that vCPUs hold, for the auditor."""
+        return [root for state in self._vcpus.values() for root in state.roots()]
+
     def paging(self, vcpu: Vcpu) -> Paging:
         """Return the vCPU's paging mode now."""
         ctl = vcpu.cpu.ctl
@@ -244,7 +248,7 @@ class ShadowMmu(Mmu):
     def _write_fault(
         self, vcpu: Vcpu, root: Root, gla: int, want: Access, found: Walk, slot: Memslot
     ) -> RetPf | None:
-        """What a write to something that is mapped already may be: to a watched table, or only not logged yet."""
+        """See if a write to what is mapped already goes to a watched table, or is only not logged yet."""
         tables = self.tables
         smm = bool(vcpu.as_id)
         with self.lock:
@@ -421,7 +425,9 @@ class ShadowMmu(Mmu):
     def _mapping_level(self, slot: Memslot, found: Walk) -> int:
         """kvm_mmu_hugepage_adjust(): as large as the guest's page, the host's, and what lies in it allow."""
         level = min(found.level, KVM_MAX_HUGEPAGE_LEVEL)
-        while level > sptes.PG_LEVEL_4K and self.tables.disallows_lpage(found.gfn, level, smm=bool(slot.as_id)):
+        while level > sptes.PG_LEVEL_4K and self.tables.disallows_lpage(
+            found.gfn, level, smm=bool(slot.as_id)
+        ):
             level -= 1
         return self.max_mapping_level(slot, found.gfn, level)
 
@@ -448,7 +454,7 @@ class ShadowMmu(Mmu):
         access = page.role.access & form.leaf_access(gpte)
         return self._prefetch_gfn(page, index, form.frame(gpte, 1, 0), access, guest)
 
-    def _prefetch_gfn(self, page: MmuPage, index: int, gfn: Gfn, access: int, guest: GuestTables) -> bool:
+    def _prefetch_gfn(self, page: MmuPage, index: int, gfn: int, access: int, guest: GuestTables) -> bool:
         slot = guest.slots.gfn_to_memslot(gfn)
         if slot is None or (slot.logging and access & ACC_WRITE) or not lib.host_resident(slot.hva(gfn)):
             return False
@@ -488,7 +494,7 @@ class ShadowMmu(Mmu):
         self.n_max_mmu_pages = goal
 
     def _update_limit(self) -> None:
-        """kvm_arch_commit_memory_region(): by how much memory there is, unless somebody asked for a number."""
+        """kvm_arch_commit_memory_region(): by how much memory there is, unless somebody asked."""
         if self.n_requested_mmu_pages:
             return
         npages = sum(slot.npages for slots in self._vm.memslots for slot in slots.ordered)

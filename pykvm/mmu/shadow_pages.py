@@ -13,7 +13,6 @@ from pykvm import trace
 from pykvm.abi import Gfn, lib
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.guest import GuestTables
-from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, Role
 from pykvm.mmu.rmap import LEVELS, Rmap
 from pykvm.mmu.walk import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, ACCESSED, PRESENT
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from pykvm.kvm.vm import Vm
+    from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, Role
     from pykvm.mmu.slots import Memslot
     from pykvm.mmu.stat import VmStat
 
@@ -270,7 +270,9 @@ class ShadowPages:
         keys = self._shadowed
         space = _SMM * bool(as_id)
         wanted = range(first | space, end | space)
-        for key in [k for k in wanted if k in keys] if len(wanted) < len(keys) else [k for k in keys if k in wanted]:
+        for key in (
+            [k for k in wanted if k in keys] if len(wanted) < len(keys) else [k for k in keys if k in wanted]
+        ):
             self.unprotect_gfn(key & ~_SMM, smm=bool(as_id))
 
     def unprotect_gfn(self, gfn: int, *, smm: bool) -> bool:
@@ -409,7 +411,7 @@ class ShadowPages:
     # ---- sync ----
 
     def sync_children(self, page: MmuPage) -> None:
-        """mmu_sync_children(): write-protect the tables below again, and take over what the guest changed."""
+        """mmu_sync_children(): write-protect the tables below again, take over what was changed."""
         if not page.unsync_children:
             return
         pages = list(dict.fromkeys(self.unsync_pages(page)))
@@ -442,7 +444,13 @@ class ShadowPages:
         """FNAME(sync_spte); a gpte that came into being is left to the next fault."""
         gpte = guest.gpte(page, index)
         form = page.role.format
-        if gpte is None or form is None or not gpte & PRESENT or not gpte & ACCESSED or form.reserved(gpte, 1):
+        if (
+            gpte is None
+            or form is None
+            or not gpte & PRESENT
+            or not gpte & ACCESSED
+            or form.reserved(gpte, 1)
+        ):
             return self.drop_spte(page, index)
         gfn = form.frame(gpte, 1, 0)
         access = page.role.access & form.leaf_access(gpte)

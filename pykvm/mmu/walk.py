@@ -67,7 +67,9 @@ class GpteFormat:
         self.entry_bytes = 4 if root_level == 2 else 8
         self.index_bits = 10 if root_level == 2 else 9
         # rsvd_bits_mask[large][level]
-        self._reserved = tuple(tuple(self._mask(level, large) for level in range(6)) for large in (False, True))
+        self._reserved = tuple(
+            tuple(self._mask(level, large) for level in range(6)) for large in (False, True)
+        )
 
     def _mask(self, level: int, large: bool) -> int:
         """Return the bits that must be 0, SDM vol. 3 4.3 to 4.5."""
@@ -221,7 +223,7 @@ class Access(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Walk:
-    """A successful walk (struct guest_walker). Index 0 of the lists is the root table's level, the last the leaf's.
+    """A successful walk (struct guest_walker). Lists: first the root table's level, last the leaf's.
 
     `tables`: frame of the table looked at, per level; `accesses`: rights accumulated *before* the entry
     of that level; `hvas`: where the entry is in the host; `dirty`: the leaf's D bit, as it is now.
@@ -271,7 +273,9 @@ def _fault(mode: Mode, want: Access, bits: int) -> Fault:
     return Fault(code)
 
 
-def walk_addr(paging: Paging, gla: int, want: Access, memory: GuestMemory, *, mark: bool = True) -> Walk | Fault:
+def walk_addr(
+    paging: Paging, gla: int, want: Access, memory: GuestMemory, *, mark: bool = True
+) -> Walk | Fault:
     """Walk to the leaf. With `mark` A is set at every level, and D in the leaf of a write.
 
     An entry that changes under the walk starts it anew, as on hardware.
@@ -285,7 +289,9 @@ def walk_addr(paging: Paging, gla: int, want: Access, memory: GuestMemory, *, ma
             return result
 
 
-def _walk_once(paging: Paging, gla: int, want: Access, memory: GuestMemory, mark: bool) -> Walk | Fault | None:
+def _walk_once(
+    paging: Paging, gla: int, want: Access, memory: GuestMemory, mark: bool
+) -> Walk | Fault | None:
     mode = paging.mode
     form = mode.format
     size, bits = form.entry_bytes, form.index_bits

@@ -1,4 +1,4 @@
-"""Permutations of table entries, control registers and accesses, done by a guest: see kvm-unit-tests' access.c.
+"""Permutations of table entries, control registers and accesses, done by a guest, as kvm-unit-tests' access.c.
 
 A batch is a table of records and one setting of CR0, CR4 and EFER.  The guest walks the table: it writes
 the two entries of a record, invalidates, does the access at CPL 0 or 3, and records what came of it; its
@@ -22,6 +22,7 @@ import struct
 import sys
 import time
 from functools import cache
+from math import gcd
 from typing import TYPE_CHECKING
 
 from pykvm.client import Hlt, Kvm
@@ -48,7 +49,6 @@ from tests.mmu.reference import (
     Access,
     Cpu,
     PageFault,
-    Translated,
 )
 from tests.mmu.reference import P as PRESENT
 
@@ -75,6 +75,8 @@ MAX_RECORDS = (RECORDS_END - RECORDS) // RECORD.size
 NO_FAULT = 0xFFFF_FFFF
 USER_MODE, WITH_AC, BY_CR3 = 0x100, 0x200, 0x400
 
+# (width, level of the upper entry): 64 is 4-level paging, 36 PAE, 32 two levels.
+GUESTS = ((64, 2), (64, 3), (64, 4), (36, 2), (32, 2))
 KINDS = ("read", "write", "modify", "fetch", "implicit", "implicit_write")
 
 # Registers: rbp the record, rbx the linear address under test. Names with r are of the guest's width.
@@ -222,7 +224,11 @@ def program(width: int) -> tuple[bytes, bytes, dict[str, int]]:
     read_halves = "mov eax, [rdi]; mov [rbp + {at}], eax; mov eax, [rdi + 4]; mov [rbp + {at} + 4], eax"
     narrow = "mov eax, [rbp + {at}]; mov [rdi], eax"
     write = {64: wide_move, 36: halves, 32: narrow}[width]
-    read = {64: "mov rax, [rdi]; mov [rbp + {at}], rax", 36: read_halves, 32: "mov eax, [rdi]; mov [rbp + {at}], eax"}
+    read = {
+        64: "mov rax, [rdi]; mov [rbp + {at}], rax",
+        36: read_halves,
+        32: "mov eax, [rdi]; mov [rbp + {at}], eax",
+    }
     values = {
         **{k: v for k, v in globals().items() if isinstance(v, int)},
         "W": "q" if wide else "d",
@@ -268,7 +274,7 @@ class Mode:
 
 
 class AccessGuest:
-    """The guest. `level`: of the upper entry under test, 2 to 4 (2 only for 32-bit and PAE)."""
+    """The guest. `level`: of the upper entry under test."""
 
     def __init__(self, *, width: int, tdp: bool, level: int = 2) -> None:
         self.width, self.level = width, level
@@ -366,18 +372,14 @@ class AccessGuest:
             else:
                 self.write(PDPT + 8, UPPER | full)
             return
+        # The large page starts at 0, and so does the table: its entry is in a hole of the layout.
+        self.large, self.large_word = 0, 0x60_3000 + OFFSET
         if self.level == 3:
-            # 1 GiB at 0; the page directory that the upper entry points to is then at 0, too: RAM under
-            # test is only its entry, in a hole of the layout.
-            self.large, self.la = 0, (1 << 30) + 0x60_3000 + OFFSET
-            self.upper_at = PDPT + 8
-            self.lower_at = self.large + (self.la >> 21 & 511) * 8
-            self.large_word = 0x60_3000 + OFFSET
-            return
-        self.large, self.la = 0, (1 << 39) + 0x60_3000 + OFFSET
-        self.upper_at = ROOT + 8
-        self.lower_at = self.large + (self.la >> 30 & 511) * 8
-        self.large_word = 0x60_3000 + OFFSET
+            self.la = (1 << 30) + 0x60_3000 + OFFSET
+            self.upper_at, self.lower_at = PDPT + 8, (self.la >> 21 & 511) * 8
+        else:
+            self.la = (1 << 39) + 0x60_3000 + OFFSET
+            self.upper_at, self.lower_at = ROOT + 8, (self.la >> 30 & 511) * 8
 
     def _registers(self) -> None:
         with self.vcpu.sregs as sregs:
@@ -436,7 +438,9 @@ class AccessGuest:
 
     def word(self, mode: Mode, case: Case) -> int:
         """Address of the word that the access gets at, if it does."""
-        return self.large_word if self.is_large(mode, case) else SMALL + OFFSET
+        if self.level > 2 or self.is_large(mode, case):
+            return self.large_word
+        return SMALL + OFFSET
 
     def cpu(self, mode: Mode) -> Cpu:
         cr0 = 0x8000_0031 | CR0_WP * mode.wp
@@ -455,7 +459,9 @@ class AccessGuest:
                 raise AssertionError(f"{mode} {describe(case, self.size)}: {problem}")
 
     def _compare(self, cpu: Cpu, mode: Mode, case: Case, record: tuple[int, ...]) -> str:
-        marker, error, cr2, value, upper, lower, word, high = (record[i] for i in (7, 10, 12, 13, 15, 16, 17, 18))
+        marker, error, cr2, value, upper, lower, word, high = (
+            record[i] for i in (7, 10, 12, 13, 15, 16, 17, 18)
+        )
         if self.size == 4:
             upper, lower = upper & 0xFFFF_FFFF, lower & 0xFFFF_FFFF
         target = self.word(mode, case)
@@ -466,7 +472,9 @@ class AccessGuest:
             if error != wanted.error_code:
                 return f"#PF {error:#x}, must be {wanted.error_code:#x}"
             # Where in the descriptor its Accessed bit is written is not architectural.
-            if cr2 != self.la and not (case.kind == "implicit_write" and error & 2 and cr2 - self.la in range(8)):
+            if cr2 != self.la and not (
+                case.kind == "implicit_write" and error & 2 and cr2 - self.la in range(8)
+            ):
                 return f"CR2 {cr2:#x}"
             if (upper, lower, word) != (want_upper, want_lower, marker):
                 return f"changed to upper {upper:#x} lower {lower:#x} word {word:#x} by a fault"
@@ -532,15 +540,12 @@ class Space:
         narrow = guest.width == 32
         upper = [PRESENT, RW, US, ACCESSED, PS] + ([] if narrow else [XD])
         lower = [PRESENT, RW, US, ACCESSED, DIRTY, GLOBAL] + ([] if narrow else [XD])
-        self.upper = [self._upper(bits) for bits in _subsets(upper)]
-        self.lower = [SMALL | bits for bits in _subsets(lower)]
-        self.upper += self._reserved_upper()
-        self.lower += self._reserved_lower()
-        if guest.level > 2:
-            self.lower = [(value & ~0xFFF if False else value) for value in self.lower]
+        # What the lower entry maps: a small page, or a large one of the level.
+        self.frame = {2: SMALL, 3: 0x60_0000 | PS, 4: PS}[guest.level]
+        self.upper = [guest.large | bits for bits in _subsets(upper)] + self._reserved_upper()
+        self.lower = [self.frame | bits for bits in _subsets(lower)] + self._reserved_lower()
         self.accesses = [
-            (kind, user, ac)
-            for kind, user, ac in itertools.product(KINDS, (False, True), (False, True))
+            (kind, user, ac) for kind, user, ac in itertools.product(KINDS, (False, True), (False, True))
         ]
         self.modes = self._modes()
         self.per_mode = len(self.upper) * len(self.lower) * len(self.accesses)
@@ -555,9 +560,6 @@ class Space:
                 (True, False), (False, True), (False, True), (True, False), (True, False) if narrow else (True,)
             )
         ]  # fmt: skip
-
-    def _upper(self, bits: int) -> int:
-        return self.guest.large | bits
 
     def _reserved_upper(self) -> list[int]:
         g = self.guest
@@ -577,7 +579,10 @@ class Space:
         special = [PS, 0xE00, 0x18]
         if g.width != 32:
             special += [1 << 51, 1 << g.maxphyaddr, 1 << 52, 1 << 62, XD | 1 << 51, 0x7F << 52]
-        return [SMALL | full | bits for bits in special]
+        if g.level > 2:
+            special += [1 << 13, 1 << 20, 1 << 12]
+        found = [self.frame | full | bits for bits in special]
+        return found if g.level == 2 else [*found, self.frame & ~PS | full]
 
     def case(self, number: int) -> Case:
         """Return case `number` within a mode."""
@@ -609,8 +614,6 @@ def _subsets(bits: list[int]) -> list[int]:
 
 
 def _coprime(n: int, rng: random.Random) -> int:
-    from math import gcd
-
     while True:
         step = rng.randrange(n // 3, n)
         if gcd(step, n) == 1:
@@ -627,23 +630,27 @@ def run(guest: AccessGuest, count: int, seed: int) -> int:
 
 
 def main() -> None:
-    """Run many."""
-    parser = argparse.ArgumentParser(description="permutations of table entries, control registers and accesses")
+    """Run many, and say how many were right."""
+    parser = argparse.ArgumentParser(
+        description="permutations of table entries, control registers and accesses"
+    )
     parser.add_argument("--count", type=int, default=100_000, help="cases of each guest; there are millions")
     parser.add_argument("--mode", choices=["tdp", "shadow"])
     parser.add_argument("--width", type=int, choices=[32, 36, 64])
+    parser.add_argument("--level", type=int, choices=[2, 3, 4], help="of the upper of the two entries")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    for mode in [options.mode] if options.mode else ["tdp", "shadow"]:
-        for width in [options.width] if options.width else [64, 36, 32]:
-            guest = AccessGuest(width=width, tdp=mode == "tdp")
+    for mode, (width, level) in itertools.product(("tdp", "shadow"), GUESTS):
+        if options.mode in {None, mode} and options.width in {None, width} and options.level in {None, level}:
+            guest = AccessGuest(width=width, tdp=mode == "tdp", level=level)
             total = len(Space(guest))
             start = time.perf_counter()
             done = run(guest, options.count, options.seed)
             seconds = time.perf_counter() - start
             problems = guest.vm.mmu.audit()
             guest.close()
-            print(f"{mode:6} {width}-bit: {done} of {total} cases right in {seconds:.1f} s, audit {problems or 'clean'}")
+            what = f"{mode:6} {width}-bit, levels {level} and {level - 1}"
+            print(f"{what}: {done} of {total} cases right in {seconds:.1f} s, audit {problems or 'clean'}")
             if problems:
                 sys.exit(1)
 

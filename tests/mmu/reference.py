@@ -120,7 +120,12 @@ def translate(cpu: Cpu, read: ReadEntry, la: int, access: Access) -> Result:
     if access.kind == WRITE and not entries[-1][1] & DIRTY:
         leaf_gpa = entries[-1][0]
         updates[leaf_gpa] = updates.get(leaf_gpa, 0) | DIRTY
-    return Translated(_page(cpu, entries[-1][1], level) | la & bits(0, page_bits - 1), updates, 1 << page_bits, tuple(entries))
+    return Translated(
+        _page(cpu, entries[-1][1], level) | la & bits(0, page_bits - 1),
+        updates,
+        1 << page_bits,
+        tuple(entries),
+    )
 
 
 def _maps_page(cpu: Cpu, entry: int, level: int) -> bool:
@@ -134,7 +139,9 @@ def _reserved(cpu: Cpu, level: int, *, leaf: bool, entry: int) -> int:
     """Return the bits that must be 0 in a present entry, SDM vol. 3 tables 4-5, 4-6, 4-9 ff., 4-15 ff."""
     if cpu.mode == "32-bit":
         if level == 2 and leaf:
-            width = min(40, cpu.maxphyaddr)  # table 4-4: bits 20:13 are address bits 39:32, as far as there are
+            width = min(
+                40, cpu.maxphyaddr
+            )  # table 4-4: bits 20:13 are address bits 39:32, as far as there are
             return bits(width - 19, 21)
         return 0
     mask = bits(cpu.maxphyaddr, 51)
