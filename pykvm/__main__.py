@@ -126,9 +126,7 @@ def _print_result(result: Result) -> None:
 )
 @personality
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def exec_(
-    extensions: tuple[str, ...], kernel: str | None, cpu: str | None, command: tuple[str, ...]
-) -> None:
+def exec_(extensions: tuple[str, ...], kernel: str | None, cpu: str | None, command: tuple[str, ...]) -> None:
     """Run a program with /dev/kvm replaced by pykvm, in its own process.
 
     \b

@@ -17,7 +17,7 @@ HEAD = ("ioctl", "number", "fd", "argument", "capability", "errors", "status")
 INSN_HEAD = ("opcode", "name", "operands", "notes")
 _MAPS = {"0f", "0f38", "0f3a"}
 _SELECTORS = re.compile(r"/\d|66|64|f2|f3|np|mem|reg|rm\d|[WLB][01]|code\d+")
-KERNEL_HEAD = ("kernel", "ioctls", "capabilities", "memslots", "vCPUs", "CPUID entries", "PV leaf", "what it is")
+KERNEL_HEAD = ("kernel", "ioctls", "capabilities", "slots", "vCPUs", "CPUID entries", "PV leaf", "what it is")
 CPU_HEAD = ("processor", "vendor", "family, model, stepping", "bits", "features", "paging", "what it is")
 
 

@@ -183,14 +183,14 @@ static inline bool is_iteration(const struct cpu *cpu, const struct block *b)
     return unlikely(b->repeats) && GUEST(cpu).rip == insn_rip(cpu, &b->insn[b->n - 1]);
 }
 
-/* Instructions of the block that retired.  What comes between two iterations finds RF set, so that an
- * instruction breakpoint is met once: SDM vol. 3 17.3.1.1. */
-static inline unsigned retire_block(struct cpu *cpu, const struct block *b)
+/* What comes between two iterations finds RF set: instruction breakpoints are met once, before the
+ * first (SDM vol. 3 17.3.1.1). */
+static inline bool end_iteration(struct cpu *cpu, const struct block *b)
 {
     if (likely(!is_iteration(cpu, b)))
-        return b->n;
+        return false;
     GUEST(cpu).rflags |= X86_EFLAGS_RF;
-    return b->n - 1u;
+    return true;
 }
 
 static bool step_one(struct cpu *cpu);
@@ -228,10 +228,10 @@ static bool handle_stop(struct cpu *cpu)
     switch (cpu->stop) {
     case STOP_EXCEPTION: return handle_exception(cpu);
     case STOP_EXIT_DONE:
+        cpu->budget -= !end_iteration(cpu, cpu->block);
         fill_insn(cpu);
         if (!stepping) /* step_one() knows what TF was */
             retire(cpu, cpu->insn, false);
-        cpu->budget -= retire_block(cpu, cpu->block) - (cpu->block->n - 1u);
         return false;
     case STOP_STEP:
         cpu->block = NULL;
@@ -288,9 +288,9 @@ static bool step_one(struct cpu *cpu)
     }
     cpu->step = false;
     cpu->insn = b->insn;
-    cpu->repeating = is_iteration(cpu, b);
+    cpu->repeating = end_iteration(cpu, b);
+    cpu->budget -= !cpu->repeating;
     retire(cpu, b->insn, tf);
-    cpu->budget -= retire_block(cpu, b);
     bool go_on = post_writes(cpu);
     cpu->block = NULL;
     return go_on;
@@ -465,7 +465,7 @@ static bool run_blocks(struct cpu *cpu)
                 next = follow(cpu, b, status);
             b = next;
         } else if (likely(status == LOOKUP)) {
-            cpu->budget -= retire_block(cpu, b);
+            cpu->budget -= b->n - end_iteration(cpu, b);
             /* a repetition retires nothing until it ends, but leaves RF behind */
             if (unlikely(must_look(cpu) || needs_attention(cpu)))
                 return true;

@@ -111,7 +111,7 @@ static bool handler_segment(struct cpu *cpu, u16 sel, struct handler *h)
         return raise_selector(cpu, GP_VECTOR, sel);
     h->cpl = h->inner ? dpl : cpu->cpl;
     h->cs = desc_segment(&cs, sel, h->cpl);
-    return check_rip(cpu, &h->cs, h->rip) && desc_mark_accessed(cpu, &cs);
+    return desc_mark_accessed(cpu, &cs);
 }
 
 /* What all frames of protected and long mode have above the old stack pointer's slots. */
@@ -173,7 +173,7 @@ static bool deliver_legacy_gate(struct cpu *cpu, const struct delivery *d, struc
         return false;
     if (h->inner && !push_old_stack(cpu, &s, h->size))
         return false;
-    if (!push_return(cpu, &s, d, h->size))
+    if (!push_return(cpu, &s, d, h->size) || !check_rip(cpu, &h->cs, h->rip))
         return false;
     enter_handler(cpu, h, &s);
     return true;
@@ -192,7 +192,8 @@ static bool deliver_long_gate(struct cpu *cpu, const struct delivery *d, struct 
         stack_current(cpu, &s, true);
     }
     s.sp &= ~15ull;
-    if (!push_old_stack(cpu, &s, 8) || !push_return(cpu, &s, d, 8))
+    if (!push_old_stack(cpu, &s, 8) || !push_return(cpu, &s, d, 8) ||
+        !check_rip(cpu, &h->cs, h->rip))
         return false;
     enter_handler(cpu, h, &s);
     return true;

@@ -193,18 +193,41 @@ static bool fix_up(ucontext_t *uc)
 #define STACK_WORDS 64
 #define NEAR 2048 /* bytes of code */
 
-/* The first of the words that points to an instruction of the block, with that handler if any. */
-static FOREIGN const struct insn *search(const struct block *b, const u64 *words, int n, insn_fn fn)
+/* Whether the fast path of i, whose registers are as they were, accesses the byte that faulted. */
+static bool reaches(const struct cpu *cpu, const struct insn *i)
+{
+    u64 la = ea_sum(cpu, i);
+
+    if (!(i->flags & I_MEM) || i->ea == EA_SEG)
+        return false;
+    if (i->ea != EA_64)
+        la = (u32)la;
+    if (i->ea != EA_32)
+        la += cpu->seg_base[i->seg];
+    const struct tlbe *r = &cpu->tlb->r[TLB_INDEX(la)], *w = &cpu->tlb->w[TLB_INDEX(la)];
+    return (r->tag == (la & PAGE_MASK) && fault_hva - (la + r->addend) < 64) ||
+           (w->tag == (la & PAGE_MASK) && fault_hva - (la + w->addend) < 64);
+}
+
+/* The first of the words that points to an instruction of the block: with handler fn, if any, and
+ * reaching what faulted, if a cpu is given. */
+static FOREIGN const struct insn *search_reaching(const struct cpu *cpu, const struct block *b,
+                                                  const u64 *words, int n, insn_fn fn)
 {
     for (int k = 0; k < n; k++) {
         u64 off = words[k] - (u64)(uintptr_t)b->insn;
         if (off >= b->n * sizeof(struct insn) || off % sizeof(struct insn))
             continue;
         const struct insn *i = &b->insn[off / sizeof(struct insn)];
-        if (!fn || i->fn == fn)
+        if ((!fn || i->fn == fn) && (!cpu || reaches(cpu, i)))
             return i;
     }
     return NULL;
+}
+
+static const struct insn *search(const struct block *b, const u64 *words, int n, insn_fn fn)
+{
+    return search_reaching(NULL, b, words, n, fn);
 }
 
 /* The last instruction of the block whose handler pc can be in. */
@@ -225,13 +248,20 @@ static const struct insn *by_handler(const struct block *b, u64 pc)
  * it is in a register or, when the access was in a function that it called, on the stack.  Only
  * one that ends the block may need it no more, and then its code says who it is.
  */
-static const struct insn *find_insn(const struct block *b, const ucontext_t *uc)
+static const struct insn *find_insn(const struct cpu *cpu, const ucontext_t *uc)
 {
+    const struct block *b = cpu->block;
     const u64 *regs = (const u64 *)uc->uc_mcontext.gregs;
     const u64 *stack = (const u64 *)(uintptr_t)(regs[REG_RSP] & ~7ull);
     const struct insn *here = by_handler(b, regs[REG_RIP]), *i;
     insn_fn fn = here ? here->fn : NULL;
 
+    /* Where the handler got it, or has put it to begin with: the others may have instructions before. */
+    if ((i = search(b, &regs[REG_RSI], 1, fn)) || (i = search(b, &regs[REG_RAX], 1, fn)))
+        return i;
+    /* Of several with the same handler, stale ones among them, the one that accesses that byte. */
+    if ((i = search_reaching(cpu, b, regs, REG_RSP, fn)))
+        return i;
     if ((i = search(b, regs, REG_RSP, fn)) || (i = search(b, regs, REG_RSP, NULL)))
         return i;
     if (here)
@@ -271,7 +301,7 @@ static void on_memory_fault(int sig, siginfo_t *info, void *context)
         if (fix_up(context))
             return;
         if (cpu) {
-            cpu->insn = cpu->block ? find_insn(cpu->block, context) : NULL;
+            cpu->insn = cpu->block ? find_insn(cpu, context) : NULL;
             cpu->fault_mxcsr = ((ucontext_t *)context)->uc_mcontext.fpregs->mxcsr;
             fpu_rescue(cpu, ((ucontext_t *)context)->uc_mcontext.fpregs);
             siglongjmp(cpu->guard, 1);

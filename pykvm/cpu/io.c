@@ -8,6 +8,41 @@
  */
 #include "stringop.h"
 
+static bool hits_port(const struct cpu_guest *g, unsigned n, u16 port, unsigned size)
+{
+    static const u8 length[4] = {1, 2, 8, 4};
+    u32 control = (u32)(g->dr7 >> (DR7_RW_BIT + 4 * n));
+    u32 len = length[control >> 2 & 3], first = (u16)g->dr[n] & ~(len - 1);
+
+    return g->dr7 >> 2 * n & 3 && (control & 3) == DR_RW_PORT && port < first + len &&
+           first < port + size;
+}
+
+/* I/O breakpoints trap behind the instruction or iteration, which is done again as a step for that:
+ * SDM vol. 3 17.2.4, 17.3.1.3. */
+static bool check_breakpoints(struct cpu *cpu, u16 port, unsigned size)
+{
+    const struct cpu_guest *g = &GUEST(cpu);
+    u32 hits = 0;
+
+    if (likely(!(g->dr7 & DR7_BP_EN_MASK) || !(g->cr4 & X86_CR4_DE)))
+        return true;
+    for (unsigned n = 0; n < 4; n++)
+        hits |= hits_port(g, n, port, size) ? DR6_B0 << n : 0;
+    if (hits && !cpu->step) {
+        cpu->stop = STOP_STEP;
+        return false;
+    }
+    cpu->data_bp |= hits;
+    return true;
+}
+
+/* Whether the instruction may go to the port at all. */
+static bool port_ready(struct cpu *cpu, u16 port, unsigned size)
+{
+    return io_allowed(cpu, port, size) && check_breakpoints(cpu, port, size);
+}
+
 #define INS_BATCH 1024u /* bytes; KVM's own limit of one batch */
 
 static int exit_io(struct cpu *cpu, const struct insn *i, struct cpu_exit_io io)
@@ -35,7 +70,7 @@ static void answer_consume(struct cpu *cpu)
 
 static int input(struct cpu *cpu, const struct insn *i, u16 port)
 {
-    if (!io_allowed(cpu, port, i->opsize))
+    if (!port_ready(cpu, port, i->opsize))
         return stop(cpu, i);
     if (!answer_there(cpu))
         return exit_io(cpu, i,
@@ -52,7 +87,7 @@ static int input(struct cpu *cpu, const struct insn *i, u16 port)
 
 static int output(struct cpu *cpu, const struct insn *i, u16 port)
 {
-    if (!io_allowed(cpu, port, i->opsize))
+    if (!port_ready(cpu, port, i->opsize))
         return stop(cpu, i);
     if (!CTL(cpu).pio_out_done)
         return exit_io(cpu, i,
@@ -93,7 +128,7 @@ static u32 ins_batch(const struct cpu *cpu, const struct insn *i, u64 la, u64 co
 int x_ins(struct cpu *cpu, const struct insn *i)
 {
     const u16 port = (u16)GPR(cpu, RDX);
-    if (!io_allowed(cpu, port, i->opsize))
+    if (!port_ready(cpu, port, i->opsize))
         return stop(cpu, i);
     for (;;) {
         u64 count = repeat_count(cpu, i), la;
@@ -129,7 +164,7 @@ int x_outs(struct cpu *cpu, const struct insn *i)
 {
     const u16 port = (u16)GPR(cpu, RDX);
     u64 count = repeat_count(cpu, i), la, v;
-    if (!io_allowed(cpu, port, i->opsize))
+    if (!port_ready(cpu, port, i->opsize))
         return stop(cpu, i);
     if (count == 0)
         NEXT(cpu, i);

@@ -734,6 +734,10 @@ static int iret_to_vm86(struct cpu *cpu, const struct insn *i, u64 rsp, u64 rip,
     for (unsigned k = 0; k < 4; k++)
         if (!pop_at(cpu, &rsp, 4, &sel[k]))
             return iret_failed(cpu, i);
+    if (rip > 0xffff) {
+        raise_gp(cpu, 0);
+        return iret_failed(cpu, i);
+    }
 
     u64 mask = STATUS_FLAGS | X86_EFLAGS_TF | X86_EFLAGS_IF | X86_EFLAGS_DF | X86_EFLAGS_IOPL |
                X86_EFLAGS_NT | X86_EFLAGS_RF | X86_EFLAGS_VM | X86_EFLAGS_AC | X86_EFLAGS_VIF |
@@ -744,7 +748,7 @@ static int iret_to_vm86(struct cpu *cpu, const struct insn *i, u64 rsp, u64 rip,
     for (unsigned k = 0; k < 4; k++)
         set_segment_real(cpu, order[k], (u16)sel[k]);
     GPR(cpu, RSP) = (u32)esp;
-    return iret_done(cpu, get_rflags(cpu), (u16)rip);
+    return iret_done(cpu, get_rflags(cpu), rip);
 }
 
 int x_iret(struct cpu *cpu, const struct insn *i)

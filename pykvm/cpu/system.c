@@ -581,10 +581,12 @@ int x_invpcid(struct cpu *cpu, const struct insn *i)
 {
     u64 type = reg_read(cpu, i->src, i->flags & I_CODE64 ? 8 : 4), la, pcid, address;
 
+    if (type > INVPCID_ALL)
+        return fault_gp(cpu, i, 0);
     if (!ea_linear(cpu, i, 16, ACC_READ, &la) || !ld64(cpu, la, &pcid, ea_access(i)) ||
         !ld64(cpu, la + 8, &address, ea_access(i)))
         return stop(cpu, i);
-    if (type > INVPCID_ALL || pcid & ~X86_CR3_PCID_MASK)
+    if (pcid & ~X86_CR3_PCID_MASK)
         return fault_gp(cpu, i, 0);
     if (type <= INVPCID_SINGLE && pcid && !(GUEST(cpu).cr4 & X86_CR4_PCIDE))
         return fault_gp(cpu, i, 0);

@@ -40,10 +40,10 @@ static bool read_task(struct cpu *cpu, const struct cpu_seg *tss, struct task_st
         struct tss16 m;
         if (!system_read(cpu, tss_linear(tss, 0), &m, sizeof(m)))
             return false;
-        /* High halves of the registers are undefined in the SDM; processors set them. */
+        /* High halves of the registers are undefined in the SDM; KVM clears them. */
         *t = (struct task_state){.eip = m.ip, .eflags = m.flags, .ldt = m.ldt};
         for (unsigned k = 0; k < 8; k++)
-            t->gpr[k] = 0xffff0000u | m.gpr[k];
+            t->gpr[k] = m.gpr[k];
         for (unsigned k = 0; k < 4; k++)
             t->seg[k] = m.seg[k];
         return true;

@@ -195,10 +195,11 @@ static bool translate_final(struct cpu *cpu, u64 gpa, u64 gla, unsigned access, 
         t->readable = t->writable = false;
         if (status == SPTE_IS_MMIO)
             return access & ACC_FETCH ? fetch_from_mmio(cpu, gpa, gla) : true;
-        if (!(access & ACC_WRITE) || !(w.rights & SPTE_R) || !is_emulated_gfn(cpu, gpa))
+        if (!(access & ACC_WRITE) || !is_emulated_gfn(cpu, gpa))
             return ept_violation(cpu, gpa, gla, &w, how | ept_access(access));
+        /* What the write leaves alone is read from the frame: it must be there to read. */
         if (translate_gpa(cpu, gpa, SPTE_R, &w) != SPTE_OK)
-            return ept_violation(cpu, gpa, gla, &w, how | CPU_EPT_WRITE);
+            return ept_violation(cpu, gpa, gla, &w, how | CPU_EPT_READ);
         t->hva = w.hva;
         return true;
     }

@@ -177,7 +177,6 @@ def vcpu_enable_cap(vcpu: Vcpu, request: CData) -> int:
 # ---- what no ioctl announces ---------------------------------------------------------------------
 
 
-
 def _recommended_vcpus(of: Vm | System) -> int:
     limits = of.system.kernel.limits
     return limits.soft_vcpus or min(os.cpu_count() or 1, limits.vcpus)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pykvm.abi import uapi
 from pykvm.kvm import cpuid
-from pykvm.kvm.cpuid import EAX, EBX, Entry, Registers
+from pykvm.kvm.cpuid import EAX, Entry, Registers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -183,8 +183,9 @@ def _through_kernel(
         elif function < _EXTENDED:
             yield _paravirtual(kernel, entry)
         elif function <= rules.max_extended:
-            entry = _address_sizes(kernel, _masked(entry, words), words)
-            yield _limited(entry, _EXTENDED, rules.max_extended)
+            yield _limited(
+                _address_sizes(kernel, _masked(entry, words), words), _EXTENDED, rules.max_extended
+            )
 
 
 def _masked(entry: Entry, words: Mapping[str, int]) -> Entry:
@@ -199,7 +200,8 @@ def _masked(entry: Entry, words: Mapping[str, int]) -> Entry:
 def _limited(entry: Entry, function: int, highest: int) -> Entry:
     if entry.function != function or entry.registers[EAX] <= highest:
         return entry
-    return dataclasses.replace(entry, registers=(highest, *entry.registers[EBX:]))
+    _, b, c, d = entry.registers
+    return dataclasses.replace(entry, registers=(highest, b, c, d))
 
 
 def _stateful(kernel: Kernel, entry: Entry) -> Entry:
@@ -246,4 +248,3 @@ def _fit(entries: tuple[Entry, ...], kernel: Kernel) -> tuple[Entry, ...]:
         if entry.registers == _NONE and not entry.index:
             kept.remove(entry)
     return tuple(kept)
-

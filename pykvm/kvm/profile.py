@@ -278,7 +278,9 @@ class Processor:
 def _files(kind: str) -> tuple[str, ...]:
     names = (entry.name for entry in resources.files("pykvm").joinpath("profiles").iterdir())
     start, end = f"{kind}-", ".toml"
-    found = (n.removeprefix(start).removesuffix(end) for n in names if n.startswith(start) and n.endswith(end))
+    found = (
+        n.removeprefix(start).removesuffix(end) for n in names if n.startswith(start) and n.endswith(end)
+    )
     return tuple(sorted(found, key=_sort_key))
 
 
@@ -334,7 +336,9 @@ def processor(name: str = DEFAULT_PROCESSOR) -> Processor:
     table = _read("cpu", name, processors)
     table["features"] = _features(table.get("features", []))
     table["caches"] = tuple(_fill(Cache, cache_) for cache_ in table.get("caches", []))
-    table["leaves"] = MappingProxyType({int(k, 16): _registers(v) for k, v in table.pop("leaves", {}).items()})
+    table["leaves"] = MappingProxyType(
+        {int(k, 16): _registers(v) for k, v in table.pop("leaves", {}).items()}
+    )
     table["absent_msrs"] = frozenset(_msrs(table.get("absent_msrs", [])))
     found = _fill(Processor, {"name": name, **table})
     if found.vendor not in VENDORS:

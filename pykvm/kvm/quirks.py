@@ -40,9 +40,10 @@ def has_quirk(vm: Vm, quirk: int) -> bool:
 
 def update_mwait(vcpu: Vcpu) -> None:
     """Make MONITOR and MWAIT undefined without their CPUID bit, or let them do nothing."""
-    never = vcpu.vm.kernel.behaviour.mwait_is_nop and has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
-    offered = vcpu.vm.kernel.behaviour.mwait_is_nop and vcpu.cpuid.word("1_ECX") >> uapi.CPUID_1_ECX_MONITOR & 1
-    vcpu.events.set_control(vcpu, lib.CPU_MWAIT_UD, on=not never and not offered)
+    never = has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
+    offered = vcpu.cpuid.word("1_ECX") >> uapi.CPUID_1_ECX_MONITOR & 1
+    undefined = not vcpu.vm.kernel.behaviour.mwait_is_nop or not (never or offered)
+    vcpu.events.set_control(vcpu, lib.CPU_MWAIT_UD, on=undefined)
 
 
 @vm_cap("KVM_CAP_DISABLE_QUIRKS", 1)

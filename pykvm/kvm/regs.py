@@ -46,9 +46,7 @@ SREGS_ORDER = (
 # (vmx.c __vmx_set_segment); AMD's take it, and give back some as if set (svm.c svm_get_segment).
 _INTEL_CORRECTED = dict.fromkeys(set(SREGS_ORDER) - {lib.CPU_SEG_LDTR}, uapi.SEG_TYPE_ACCESSED)
 _AMD_CORRECTED = {
-    **dict.fromkeys(
-        (lib.CPU_SEG_DS, lib.CPU_SEG_ES, lib.CPU_SEG_FS, lib.CPU_SEG_GS), uapi.SEG_TYPE_ACCESSED
-    ),
+    **dict.fromkeys((lib.CPU_SEG_DS, lib.CPU_SEG_ES, lib.CPU_SEG_FS, lib.CPU_SEG_GS), uapi.SEG_TYPE_ACCESSED),
     lib.CPU_SEG_TR: 2,
 }
 _SEGMENTS = ffi.offsetof("struct vmcs", "guest", "seg")

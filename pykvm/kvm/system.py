@@ -16,6 +16,8 @@ from pykvm.kvm.vm import VCPU_MMAP_SIZE, Vm
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pykvm.kvm.profile import Kernel, Processor
+
 # What a client can ask for; without it pykvm answers as upstream x86 does with its defaults.
 # no-tdp: shadow paging instead of two-dimensional (kvm_intel.ept=0).
 EXTENSIONS = frozenset({"x86-osi", "no-tdp"})
@@ -36,8 +38,8 @@ class System:
         kernel, cpu: names of profiles; None: the default.
         Raises ValueError for an extension or a profile that does not exist.
         """
-        self.kernel = profile.kernel(kernel or profile.DEFAULT_KERNEL)
-        self.processor = profile.processor(cpu or profile.DEFAULT_PROCESSOR)
+        self.kernel: Kernel = profile.kernel(kernel or profile.DEFAULT_KERNEL)
+        self.processor: Processor = profile.processor(cpu or profile.DEFAULT_PROCESSOR)
         self.extensions = frozenset(extensions) | self.kernel.extensions
         if not self.processor.two_dimensional_paging:
             self.extensions |= {"no-tdp"}

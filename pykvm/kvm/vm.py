@@ -82,7 +82,7 @@ class Vm:
 
     def __init__(self, system: System) -> None:
         """Make a VM without vCPUs and memory."""
-        self.system = system
+        self.system: System = system
         self.kernel = system.kernel
         self.processor = system.processor
         self.absent_msrs = system.absent_msrs

@@ -1,4 +1,4 @@
-"""The MMU from outside: what tests, tools and the curious may see of it. Nothing here changes it."""
+"""The MMU from outside: what tests, tools and the curious may see of it. Only `shrink` changes anything."""
 
 from __future__ import annotations
 
@@ -199,6 +199,10 @@ class MmuView:
     def audit(self) -> list[str]:
         """Return what is inconsistent; empty when all is well."""
         return audit(self._vm.mmu, self._vm.memslots)
+
+    def shrink(self, count: int) -> int:
+        """Have up to `count` of the oldest shadow pages freed, as under memory pressure; return how many."""
+        return self._vm.mmu.shrink(count)
 
     def stat(self) -> dict[str, int]:
         """Return the MMU's statistics by KVM's names: the VM's, and the sum of its vCPUs'."""

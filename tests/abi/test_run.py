@@ -400,6 +400,23 @@ def test_a_readonly_slot_is_read_and_exits_on_writes(machine: Machine) -> None:
     assert machine.regs.rax == 5
 
 
+@pytest.mark.spec("vm.memslot_readonly", "exit.MMIO")
+@pytest.mark.parametrize("extensions", [(), ("no-tdp",)], ids=["tdp", "no-tdp"])
+def test_the_first_access_to_a_readonly_slot_may_be_a_write(
+    extensions: tuple[str, ...], new_machine: NewMachine
+) -> None:
+    """OVMF writes a command to its flash, a slot that QEMU has made a moment before."""
+    machine = new_machine(extensions=extensions)
+    rom = machine.add_slot(1, HOLE, 0x1000, uapi.KVM_MEM_READONLY)
+    rom[0:2] = b"\x05\x77"
+    in_hole(machine, b"\xc6\x06\x01\x00\x40" + b"\xa0\x00\x00" + HLT)
+    assert machine.go() == uapi.KVM_EXIT_MMIO
+    assert mmio_of(machine) == (HOLE + 1, 1, b"\x40")
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert machine.regs.rax == 5
+    assert rom[0:2] == b"\x05\x77"
+
+
 @pytest.mark.spec("vm.memslot_sync", "exit.MEMORY_FAULT", "run.return_values")
 def test_memory_the_host_has_not_is_efault(machine: Machine) -> None:
     emulated(machine, "turns it into MMIO")

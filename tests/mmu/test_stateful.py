@@ -1,0 +1,514 @@
+"""Random interleavings of what guests, clients and hosts do, against the reference walker.
+
+The model keeps, for each vCPU and page under test, every translation that its tables have had since the
+vCPU last invalidated it: what a TLB may still hold.  An access must do what one of those, or the tables as
+they are, say; a page fault must be what the tables say now.  The auditor runs after every step.
+
+Longer: ``MMU_EXAMPLES=2000 MMU_STEPS=100 pytest tests/mmu/test_stateful.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from pykvm.abi import uapi
+from tests.mmu import reference
+from tests.mmu.driver import (
+    AREA,
+    AREA_PAGES,
+    DIRECTORIES,
+    FRAMES,
+    HOLE,
+    LARGE,
+    LARGE_SIZE,
+    PS,
+    TABLES,
+    TEST,
+    WORD,
+    A,
+    D,
+    Driver,
+    Outcome,
+    U,
+    W,
+)
+from tests.mmu.reference import FETCH, READ, WRITE, Access, Cpu, P, PageFault, Translated
+
+if TYPE_CHECKING:
+    from pykvm.client import Vcpu
+
+EXAMPLES = int(os.environ.get("MMU_EXAMPLES", "12"))
+STEPS = int(os.environ.get("MMU_STEPS", "35"))
+
+NX = 1 << 63
+NR_TABLES, NR_FRAMES = 4, 12
+PTES = (0, 1, 2, 9)  # pages under test of each half: two in one window of prefetch, and one outside
+RET = 0xC3
+KINDS = {"read": READ, "write": WRITE, "modify": WRITE, "fetch": FETCH}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """A translation that a TLB may hold: the entries it was made of, and the page."""
+
+    values: tuple[int, ...]
+    page: int
+    size: int
+
+    def gpa(self, la: int) -> int:
+        return self.page | la & self.size - 1
+
+
+@dataclasses.dataclass
+class VcpuModel:
+    """What one vCPU may have cached."""
+
+    root: int = 0
+    pdes: dict[int, set[int]] = dataclasses.field(default_factory=dict)  # gpa of a PDE -> values it may use
+    cached: dict[int, set[Cached]] = dataclasses.field(default_factory=dict)  # linear page -> translations
+
+    def flush(self) -> None:
+        self.pdes.clear()
+        self.cached.clear()
+
+
+class MmuMachine(RuleBasedStateMachine):
+    """See the module."""
+
+    tdp = True
+
+    @initialize(width=st.sampled_from([64, 36, 32]), vcpus=st.sampled_from([1, 2]))
+    def start(self, width: int, vcpus: int) -> None:
+        self.driver = Driver(tdp=self.tdp, width=width, vcpus=vcpus)
+        self.models = [VcpuModel() for _ in range(vcpus)]
+        self.counter = 0
+        self.lost: dict[int, str] = {}  # frame under test -> what its host page may do: "none" or "read"
+        self.readonly = False
+        self.logging = False
+        self.dirty: set[int] = set()
+        self.has_area = True
+        for n in range(AREA_PAGES - (FRAMES - AREA >> 12)):
+            self.refill(FRAMES + n * 0x1000)
+        for n in range(8):
+            self.refill(LARGE + n * 0x1000)
+        self.remember()
+
+    def teardown(self) -> None:
+        if hasattr(self, "driver"):
+            self.driver.close()
+
+    # ---- the model ----
+
+    @property
+    def size(self) -> int:
+        return self.driver.size
+
+    def pages(self) -> list[int]:
+        return [TEST + (half << self.driver.span) + n * 0x1000 for half in (0, 1) for n in PTES]
+
+    def reader(self, over: dict[int, int] | None = None) -> reference.ReadEntry:
+        def read(gpa: int, size: int) -> int | None:
+            if over and gpa in over:
+                return over[gpa]
+            if gpa >= 0x20_0000 and self.memory_at(gpa) == "mmio":
+                return None
+            return self.driver.peek(gpa, size)
+
+        return read
+
+    def registers(self, n: int) -> Cpu:
+        return self.driver.cpu(self.driver.vcpus[n])
+
+    def walk(self, cpu: Cpu, la: int, over: dict[int, int] | None = None) -> Translated | PageFault:
+        """What the tables give at all: the access that needs the least."""
+        loose = dataclasses.replace(cpu, cr4=cpu.cr4 & ~reference.CR4_SMAP)
+        return reference.translate(loose, self.reader(over), la, Access(READ, ac=True))
+
+    def remember(self) -> None:
+        """Note for every vCPU what its tables say now; called after everything that may have changed them."""
+        if not self.has_area:
+            return
+        for n, model in enumerate(self.models):
+            cpu = self.registers(n)
+            for half in (0, 1):
+                at = self.driver.pde(model.root, half)
+                model.pdes.setdefault(at, set()).add(self.driver.peek(at, self.size))
+            for la in self.pages():
+                at = self.driver.pde(model.root, la - TEST >> self.driver.span)
+                for pde in tuple(model.pdes[at]):
+                    found = self.walk(cpu, la, {at: pde})
+                    if isinstance(found, Translated):
+                        values = tuple(value for _, value in found.entries)
+                        page = found.gpa & ~(found.page_size - 1)
+                        model.cached.setdefault(la, set()).add(Cached(values, page, found.page_size))
+
+    def refill(self, frame: int) -> None:
+        """Give a frame contents of its own: a word whose first byte is RET."""
+        self.counter += 1
+        self.driver.poke(frame + WORD, self.counter << 8 | RET, 4)
+
+    def memory_at(self, gpa: int) -> str:
+        """Return what is behind a gpa: ram, mmio, lost (EFAULT for this access), or readonly."""
+        if AREA <= gpa < AREA + AREA_PAGES * 0x1000:
+            return "ram" if self.has_area else "mmio"
+        return "ram" if gpa < 0x20_0000 or LARGE <= gpa < LARGE + LARGE_SIZE else "mmio"
+
+    def possible(self, n: int, la: int, access: Access, current: Translated | PageFault) -> set[int]:
+        """Return the gpas that the access may get at."""
+        model, cpu = self.models[n], self.registers(n)
+        gpas = {current.gpa} if isinstance(current, Translated) else set()
+        for cached in model.cached.get(la & ~0xFFF, ()):
+            if not reference._allowed(cpu, list(cached.values), access):
+                continue
+            if access.kind == WRITE and not cached.values[-1] & D:
+                continue
+            gpas.add(cached.gpa(la))
+        return gpas
+
+    # ---- accesses ----
+
+    @rule(
+        n=st.integers(0, 1),
+        page=st.integers(0, 2 * len(PTES) - 1),
+        kind=st.sampled_from(sorted(KINDS)),
+        user=st.booleans(),
+        again=st.booleans(),
+    )
+    def access(self, n: int, page: int, kind: str, user: bool, again: bool) -> None:
+        n %= len(self.models)
+        la = self.pages()[page] + WORD
+        for _ in range(1 + again):
+            self._access(n, la, kind, user)
+
+    def _access(self, n: int, la: int, kind: str, user: bool) -> None:
+        vcpu, access = self.driver.vcpus[n], Access(KINDS[kind], user=user)
+        current = reference.translate(self.registers(n), self.reader(), la, access)
+        gpas = self.possible(n, la, access, current)
+        if kind == "fetch" and any(self.memory_at(gpa) == "mmio" for gpa in gpas):
+            return
+        before = self.snapshot()
+        self.counter += 1
+        value = self.counter << 8 | RET
+        reads = {gpa: self.driver.peek(gpa, 4) for gpa in gpas if self.memory_at(gpa) == "ram" and self.can(gpa, "read")}
+        found = self.driver.do(vcpu, kind, user=user, rbx=la, rax=value, answer=0x5A5A5AC3)
+        message = f"vcpu {n} {kind} {'user' if user else 'kernel'} {la:#x}: {found}, tables say {current}, gpas {[hex(g) for g in gpas]}"
+        if found.kind == "fault":
+            assert isinstance(current, PageFault), message
+            assert (found.error, found.address) == (current.error_code, la), message
+            self.check_tables(before, set(), message)
+            return
+        assert gpas, message
+        self.check_done(found, kind, value, gpas, reads, before, message)
+        self.check_accessed_dirty(access, current, gpas, found, message)
+        self.remember()
+
+    def check_done(
+        self, found: Outcome, kind: str, value: int, gpas: set[int], reads: dict[int, int], before: dict[int, int], message: str
+    ) -> None:
+        writes = kind in {"write", "modify"}
+        if found.kind == "efault":
+            assert any(self.memory_at(g) == "ram" and found.address == g & ~0xFFF and not self.can(g, kind) for g in gpas), message
+            self.check_tables(before, gpas, message)
+            return
+        if found.kind == "mmio":
+            assert any(self.memory_at(g) == "mmio" and g == found.address for g in gpas), message
+            if kind == "read":
+                assert found.value == 0x5A5A5AC3, message
+            self.check_tables(before, set(), message)
+            return
+        if kind in {"read", "modify"}:
+            assert found.value in reads.values(), message
+        if not writes:
+            assert any(self.can(g, kind) for g in reads), message
+            self.check_tables(before, set(), message)
+            return
+        want = {g for g in reads if self.can(g, "write")}
+        if kind == "write":
+            hit = {g for g in want if self.driver.peek(g, 4) == value}
+        else:
+            hit = {g for g in want if self.driver.peek(g, 4) == (found.value + value) & 0xFFFF_FFFF}
+        assert len(hit) == 1, message
+        (gpa,) = hit
+        self.written(gpa, 4)
+        self.check_tables(before, hit, message)
+        self.driver.poke(gpa, self.driver.peek(gpa, 4) & ~0xFF | RET, 4)
+
+    def check_accessed_dirty(
+        self, access: Access, current: Translated | PageFault, gpas: set[int], found: Outcome, message: str
+    ) -> None:
+        """With only one way for the access to go, its A and D bits are set."""
+        if found.kind == "efault" or not isinstance(current, Translated) or len(gpas) > 1:
+            return
+        for at, bits in current.updates.items():
+            # Another translation that leads to the same page may have been used, without new bits.
+            if any(c.gpa(current.gpa) == current.gpa for m in self.models for s in m.cached.values() for c in s):
+                return
+            assert self.driver.peek(at, self.size) & bits == bits, f"{message}: A or D not set at {at:#x}"
+
+    def can(self, gpa: int, kind: str) -> bool:
+        """Whether the host lets the guest do this to a frame."""
+        lost = self.lost.get(gpa & ~0xFFF)
+        return lost is None or (lost == "read" and kind in {"read", "fetch"})
+
+    # ---- tables ----
+
+    def table_words(self) -> list[int]:
+        """Addresses of the entries that processors may set A and D in."""
+        words = [self.driver.pde(root, half) for root in (0, 1) for half in (0, 1)]
+        words += [TABLES + t * 0x1000 + n * self.size for t in range(NR_TABLES) for n in PTES]
+        if self.size == 4:
+            words += []
+        return words
+
+    def snapshot(self) -> dict[int, int]:
+        return {at: self.driver.peek(at, self.size) for at in self.table_words()}
+
+    def check_tables(self, before: dict[int, int], written: set[int], message: str) -> None:
+        """No entry changed but for A and D; note the pages that KVM wrote so."""
+        for at, old in before.items():
+            new = self.driver.peek(at, self.size)
+            if new == old or any(at <= gpa < at + 8 or gpa <= at < gpa + 4 for gpa in written):
+                continue
+            assert new & ~(A | D) == old & ~(A | D), f"{message}: entry at {at:#x} became {new:#x}, was {old:#x}"
+            assert new & old == old, f"{message}: entry at {at:#x} lost bits: {new:#x}, was {old:#x}"
+            self.written(at, 1)
+
+    def written(self, gpa: int, size: int) -> None:
+        if self.logging:
+            self.dirty |= {page - (AREA >> 12) for page in range(gpa >> 12, (gpa + size - 1 >> 12) + 1)}
+
+    def entry(self, target: int, bits: int) -> int:
+        return target | bits
+
+    pte_bits = st.sampled_from([0, P, P | W, P | U, P | W | U, P | W | U | A, P | W | U | A | D, P | U | A | D, P | A | D | W])
+
+    @rule(
+        n=st.integers(0, 1),
+        table=st.integers(0, NR_TABLES - 1),
+        slot=st.sampled_from(PTES),
+        frame=st.integers(0, NR_FRAMES + 1),
+        bits=pte_bits,
+        how=st.sampled_from(["store", "halves", "xchg", "or", "and", "byte"]),
+        nx=st.booleans(),
+    )
+    def edit_pte(self, n: int, table: int, slot: int, frame: int, bits: int, how: str, nx: bool) -> None:
+        """The last but one frame is a page table, the last one is in no slot."""
+        target = FRAMES + frame * 0x1000
+        if frame == NR_FRAMES:
+            target = TABLES
+        elif frame == NR_FRAMES + 1:
+            target = HOLE
+        at = TABLES + table * 0x1000 + slot * self.size
+        self.store(n, at, target | bits | NX * (nx and self.size == 8), how)
+
+    @rule(
+        n=st.integers(0, 1),
+        root=st.integers(0, 1),
+        half=st.integers(0, 1),
+        table=st.integers(0, NR_TABLES + 1),
+        bits=st.sampled_from([0, P | W, P | U, P | W | U, P | W | U | A, P | W | U | A | D]),
+        how=st.sampled_from(["store", "halves", "xchg", "or", "and"]),
+    )
+    def edit_pde(self, n: int, root: int, half: int, table: int, bits: int, how: str) -> None:
+        """The last but one table is a large page, the last one is a page directory used as a table."""
+        target = TABLES + table * 0x1000
+        if table == NR_TABLES:
+            target = LARGE | PS
+        elif table == NR_TABLES + 1:
+            target = DIRECTORIES
+            if self.size == 4:
+                return  # it maps the kernel, too: a translation the model does not follow
+        self.store(n, self.driver.pde(root, half), target | bits, how)
+
+    def store(self, n: int, at: int, value: int, how: str) -> None:
+        """Have the guest write an entry, in one or in several instructions; other entries stay."""
+        n %= len(self.models)
+        if not self.has_area:
+            return
+        vcpu, size = self.driver.vcpus[n], self.size
+        old = self.driver.peek(at, size)
+        low = (1 << 32) - 1
+        steps: list[tuple[str, int, int, int]] = []  # operation, address, operand, bytes
+        match how:
+            case "store":
+                steps = [(f"store{size}", at, value, size)] if self.driver.wide or size == 4 else []
+            case "xchg":
+                steps = [(f"xchg{size}", at, value, size)] if self.driver.wide or size == 4 else []
+            case "byte":
+                steps = [("store1", at, value & 0xFF, 1)]
+                value = old & ~0xFF | value & 0xFF
+            case "or":
+                steps = [("or4", at, value & low & 0xFFF, 4)]
+                value = old | value & 0xFFF
+            case "and":
+                steps = [("and4", at, value & low | ~0xFFF & low, 4)]
+                value = old & (value | ~0xFFF)
+        if not steps:
+            # P last, so that no walk ever sees half an entry that is present.
+            steps = [("store4", at, 0, 4)]
+            if size == 8:
+                steps.append(("store4", at + 4, value >> 32, 4))
+            steps.append(("store4", at, value & low, 4))
+        for operation, address, operand, width in steps:
+            found = self.driver.do(vcpu, operation, rdi=address, rax=operand)
+            assert found.kind == "ok", f"{operation} at {address:#x}: {found}"
+            self.written(address, width)
+            self.remember()
+        now = self.driver.peek(at, size)
+        assert now == value, f"{how} of {value:#x} at {at:#x} left {now:#x}"
+
+    @rule(n=st.integers(0, 1), table=st.integers(0, NR_TABLES - 1), at=st.sampled_from([3, 5, 6, 11]), size=st.sampled_from([1, 2, 4, 8, 16]))
+    def write_across(self, n: int, table: int, at: int, size: int) -> None:
+        """Write a table as no table is written: short, misaligned, too long; between the entries under test."""
+        n %= len(self.models)
+        if not self.has_area or (size > 4 and not self.driver.wide):
+            return
+        # Entries 3 to 8 are nobody's: offset 3 * 8 or 3 * 4 and on.
+        address = TABLES + table * 0x1000 + 3 * self.size + at % (5 * self.size - 16 if self.size == 8 else 3)
+        value = 0x1122_3344_5566_7788 & (1 << 8 * min(size, 8)) - 1
+        before = self.driver.read(address - 16, 64)
+        found = self.driver.do(self.driver.vcpus[n], f"store{size}", rdi=address, rax=value)
+        assert found.kind == "ok"
+        data = value.to_bytes(min(size, 8), "little") * (2 if size == 16 else 1)
+        assert self.driver.read(address - 16, 64) == before[:16] + data + before[16 + size :]
+        self.written(address, size)
+        self.remember()
+
+    # ---- registers ----
+
+    @rule(n=st.integers(0, 1), page=st.integers(0, 2 * len(PTES) - 1))
+    def invlpg(self, n: int, page: int) -> None:
+        n %= len(self.models)
+        la = self.pages()[page]
+        assert self.driver.do(self.driver.vcpus[n], "invlpg", rbx=la).kind == "ok"
+        self.models[n].pdes.clear()
+        self.models[n].cached.pop(la, None)
+        self.remember()
+
+    @rule(n=st.integers(0, 1), root=st.integers(0, 1))
+    def write_cr3(self, n: int, root: int) -> None:
+        n %= len(self.models)
+        assert self.driver.do(self.driver.vcpus[n], "cr3", rax=self.driver.root(root)).kind == "ok"
+        self.models[n].root = root
+        self.models[n].flush()
+        self.remember()
+
+    @rule(n=st.integers(0, 1), wp=st.booleans())
+    def write_cr0(self, n: int, wp: bool) -> None:
+        n %= len(self.models)
+        value = self.driver.initial_cr0 & ~reference.CR0_WP | reference.CR0_WP * wp
+        assert self.driver.do(self.driver.vcpus[n], "cr0", rax=value).kind == "ok"
+        self.remember()
+
+    @rule(n=st.integers(0, 1), smep=st.booleans(), smap=st.booleans())
+    def write_cr4(self, n: int, smep: bool, smap: bool) -> None:
+        n %= len(self.models)
+        value = self.driver.initial_cr4 | reference.CR4_SMEP * smep | reference.CR4_SMAP * smap
+        assert self.driver.do(self.driver.vcpus[n], "cr4", rax=value).kind == "ok"
+        self.remember()
+
+    @rule(n=st.integers(0, 1), nxe=st.booleans())
+    def write_efer(self, n: int, nxe: bool) -> None:
+        n %= len(self.models)
+        if self.size == 4:
+            return
+        value = self.driver.initial_efer & ~reference.EFER_NXE & ~reference.EFER_LMA | reference.EFER_NXE * nxe
+        assert self.driver.do(self.driver.vcpus[n], "efer", rax=value).kind == "ok"
+        self.models[n].flush()
+        self.remember()
+
+    # ---- the client ----
+
+    @precondition(lambda self: self.has_area)
+    @rule()
+    def delete_slot(self) -> None:
+        # 32-bit guests have their kernel's mapping there.
+        if self.size == 4:
+            return
+        self.driver.set_slot(1, AREA, 0, self.driver.area)
+        self.has_area = self.logging = False
+        self.dirty.clear()
+        # The tables are gone with it: nothing is translated, and what was known is not to be used.
+        for model in self.models:
+            model.flush()
+
+    @precondition(lambda self: not self.has_area)
+    @rule(logging=st.booleans())
+    def create_slot(self, logging: bool) -> None:
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES * logging
+        self.driver.set_slot(1, AREA, AREA_PAGES, self.driver.area, flags)
+        self.has_area, self.logging = True, logging
+        self.remember()
+
+    @precondition(lambda self: self.has_area)
+    @rule(logging=st.booleans())
+    def set_logging(self, logging: bool) -> None:
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES * logging
+        self.driver.set_slot(1, AREA, AREA_PAGES, self.driver.area, flags)
+        if logging != self.logging:
+            self.dirty.clear()
+        self.logging = logging
+
+    @precondition(lambda self: self.has_area and self.logging)
+    @rule()
+    def read_dirty_log(self) -> None:
+        found = self.driver.dirty_log(1, AREA_PAGES)
+        assert found == self.dirty, f"lost {sorted(self.dirty - found)}, invented {sorted(found - self.dirty)}"
+        self.dirty.clear()
+
+    @rule(frame=st.integers(0, NR_FRAMES - 1), what=st.sampled_from(["dontneed", "remap", "none", "read", "whole"]))
+    def change_host_memory(self, frame: int, what: str) -> None:
+        gpa = FRAMES + frame * 0x1000
+        at, memory = gpa - AREA, self.driver.area
+        self.lost.pop(gpa, None)
+        memory.protect(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
+        if what == "dontneed":
+            memory.dontneed(at, 0x1000)
+        elif what == "remap":
+            memory.remap(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
+        if what in {"dontneed", "remap"}:
+            assert self.driver.peek(gpa + WORD, 4) == 0
+        self.refill(gpa)
+        if what in {"none", "read"}:
+            memory.protect(at, 0x1000, mmap.PROT_READ if what == "read" else 0)
+            self.lost[gpa] = what
+
+    @rule(count=st.integers(1, 40))
+    def shrink(self, count: int) -> None:
+        self.driver.vm.mmu.shrink(count)
+
+    @invariant()
+    def audit(self) -> None:
+        if hasattr(self, "driver"):
+            assert self.driver.vm.mmu.audit() == []
+
+
+class TdpMachine(MmuMachine):
+    tdp = True
+
+
+class ShadowMachine(MmuMachine):
+    tdp = False
+
+
+@pytest.mark.parametrize("machine", [TdpMachine, ShadowMachine])
+@pytest.mark.spec("mmu.correctness", "mmu.tlb_model", "mmu.dirty_log", "mmu.dirty_no_false", "mmu.audit", "mmu.sync_cr3")
+def test_interleavings(machine: type[MmuMachine]) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
