@@ -72,7 +72,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vcpu": {
         _IRQCHIP: ("KVM_GET_LAPIC", "KVM_SET_LAPIC", "KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR"),
         _STATS: ("KVM_GET_STATS_FD",),
-        "system management mode comes with a later issue": ("KVM_SMI",),
         "registers by number come with a later issue": (
             "KVM_GET_ONE_REG",
             "KVM_SET_ONE_REG",

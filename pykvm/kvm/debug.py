@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NR_ADDRESSES = 4
 _DR6, _DR7 = 6, 7
 # What MOV to DR6 may change: without RTM and bus-lock detection their bits stay 1.
-_DR6_VOLATILE = uapi.DR6_BD | uapi.DR6_BS | uapi.DR6_BT | 0xF
+DR6_VOLATILE = uapi.DR6_BD | uapi.DR6_BS | uapi.DR6_BT | 0xF
 _STEP, _SW_BP, _HW_BP = (
     uapi.KVM_GUESTDBG_SINGLESTEP,
     uapi.KVM_GUESTDBG_USE_SW_BP,
@@ -58,7 +58,8 @@ def _get_db(vcpu: Vcpu) -> list[int]:
     return own if own is not None else [vcpu.cpu.guest.dr[n] for n in range(_NR_ADDRESSES)]
 
 
-def _get_dr7(vcpu: Vcpu) -> int:
+def get_dr7(vcpu: Vcpu) -> int:
+    """Return the guest's DR7, and not the debugger's."""
     if vcpu.debug.guest_db is not None:
         return vcpu.debug.guest_dr7
     return int(vcpu.cpu.guest.dr7)
@@ -70,6 +71,11 @@ def _set(vcpu: Vcpu, db: list[int], dr7: int) -> None:
         vcpu.debug.guest_db, vcpu.debug.guest_dr7 = db, dr7
     else:
         _load(vcpu, db, dr7)
+
+
+def set_dr7(vcpu: Vcpu, dr7: int) -> None:
+    """Set the guest's DR7."""
+    _set(vcpu, _get_db(vcpu), dr7)
 
 
 def _load(vcpu: Vcpu, db: list[int], dr7: int) -> None:
@@ -90,7 +96,7 @@ def get_debugregs(vcpu: Vcpu) -> CData:
     out = ffi.new("struct kvm_debugregs *")
     for n, address in enumerate(_get_db(vcpu)):
         out.db[n] = address
-    out.dr6, out.dr7 = vcpu.cpu.guest.dr6, _get_dr7(vcpu)
+    out.dr6, out.dr7 = vcpu.cpu.guest.dr6, get_dr7(vcpu)
     return out
 
 
@@ -131,7 +137,7 @@ def set_guest_debug(vcpu: Vcpu, new: CData) -> int:
         is_db = control & uapi.KVM_GUESTDBG_INJECT_DB
         events.queue_exception(vcpu, uapi.DB_VECTOR if is_db else uapi.BP_VECTOR)
     debug.control = control if control & uapi.KVM_GUESTDBG_ENABLE else 0
-    db, dr7 = _get_db(vcpu), _get_dr7(vcpu)
+    db, dr7 = _get_db(vcpu), get_dr7(vcpu)
     if debug.control & _HW_BP:
         debug.guest_db, debug.guest_dr7 = db, dr7
         _load(vcpu, list(new.arch.debugreg)[:_NR_ADDRESSES], new.arch.debugreg[_DR7] & 0xFFFF_FFFF)
@@ -190,7 +196,7 @@ def handle_dr_access(vcpu: Vcpu) -> Outcome:
     number += 2 if number in {4, 5} else 0
     mask = 0xFFFF_FFFF_FFFF_FFFF if is_64_bit_mode(vcpu) else 0xFFFF_FFFF
     if not write:
-        values = {_DR6: guest.dr6, _DR7: _get_dr7(vcpu), **dict(enumerate(_get_db(vcpu)))}
+        values = {_DR6: guest.dr6, _DR7: get_dr7(vcpu), **dict(enumerate(_get_db(vcpu)))}
         gpr[register] = values[number] & mask
     elif not _write_dr(vcpu, number, gpr[register] & mask):
         vcpu.events.inject_gp(vcpu)
@@ -201,13 +207,13 @@ def handle_dr_access(vcpu: Vcpu) -> Outcome:
 
 def _write_dr(vcpu: Vcpu, number: int, value: int) -> bool:
     """Write a debug register for the guest; False: #GP."""
-    db, dr7 = _get_db(vcpu), _get_dr7(vcpu)
+    db, dr7 = _get_db(vcpu), get_dr7(vcpu)
     if number < _NR_ADDRESSES:
         db[number] = value
     elif value >> 32:
         return False
     elif number == _DR6:
-        vcpu.cpu.guest.dr6 = value & _DR6_VOLATILE | uapi.DR6_ACTIVE_LOW
+        vcpu.cpu.guest.dr6 = value & DR6_VOLATILE | uapi.DR6_ACTIVE_LOW
     else:
         dr7 = value & uapi.DR7_VOLATILE | uapi.DR7_FIXED_1
     _set(vcpu, db, dr7)

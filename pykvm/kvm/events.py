@@ -68,6 +68,7 @@ class Events:
         "payload",
         "pending_external_vector",
         "requested",
+        "smi_pending",
         "triple_fault",
         "vector",
     )
@@ -88,6 +89,7 @@ class Events:
         self.interrupt_soft = False
         self.pending_external_vector = -1
         self.triple_fault = False
+        self.smi_pending = False
         # There is something to look at before the next entry (KVM_REQ_EVENT).
         self.requested = False
         # ctl.entry_event was given to the processor, and not asked back yet.
@@ -178,8 +180,8 @@ class Events:
 
     # ---- before and after the processor runs
 
-    def inject(self, vcpu: Vcpu) -> None:
-        """Give the processor the event that is next, and ask for a window for the one behind it.
+    def inject_exception(self, vcpu: Vcpu) -> bool:
+        """Give the processor an event it has to be given first; say if it can take another one.
 
         Source: x86.c kvm_check_and_inject_events
         """
@@ -194,8 +196,7 @@ class Events:
         if self.exception_pending:
             self._inject_pending_exception(vcpu)
             can_inject = False
-        if self.nmi_pending and not vcpu.debug.control & uapi.KVM_GUESTDBG_BLOCKIRQ:
-            self._inject_pending_nmi(vcpu, can_inject=can_inject)
+        return can_inject
 
     def _inject_pending_exception(self, vcpu: Vcpu) -> None:
         guest = vcpu.cpu.guest
@@ -208,7 +209,10 @@ class Events:
         self.exception_injected = True
         self._enter_with_exception(vcpu)
 
-    def _inject_pending_nmi(self, vcpu: Vcpu, *, can_inject: bool) -> None:
+    def inject_nmi(self, vcpu: Vcpu, *, can_inject: bool) -> None:
+        """Give the processor a pending NMI, or ask for the moment that it can take one."""
+        if vcpu.debug.control & uapi.KVM_GUESTDBG_BLOCKIRQ:
+            return
         if can_inject and self.nmi_allowed(vcpu):
             self.nmi_pending -= 1
             self.nmi_injected = True
@@ -372,6 +376,9 @@ def get_vcpu_events(vcpu: Vcpu) -> CData:
     out.nmi.pending = e.nmi_pending
     out.nmi.masked = bool(guest.interruptibility & lib.CPU_BLOCK_NMI)
     out.flags = vm.kernel.behaviour.vcpu_events_get
+    if out.flags & uapi.KVM_VCPUEVENT_VALID_SMM:
+        out.smi.smm, out.smi.pending = vcpu.as_id, e.smi_pending
+        out.smi.smm_inside_nmi, out.smi.latched_init = vcpu.smm_inside_nmi, vcpu.latched_init
     if out.flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR:
         out.sipi_vector = vcpu.sipi_vector
     if vm.exception_payload_enabled:
@@ -405,10 +412,10 @@ def set_vcpu_events(vcpu: Vcpu, new: CData) -> int:
 
     Errors:
         EINVAL  unknown flags; exception 2 or above 31; PAYLOAD or TRIPLE_FAULT without its capability;
-                SMM state, which there is none of
+                SMM or an SMI while INIT_RECEIVED
     Source: api.rst 4.32; x86.c kvm_vcpu_ioctl_x86_set_vcpu_events
     """
-    _check_vcpu_events(vcpu.vm, new)
+    _check_vcpu_events(vcpu, new)
     e, guest, flags = vcpu.events, vcpu.cpu.guest, new.flags
     e.exception_injected = bool(new.exception.injected)
     e.exception_pending = bool(new.exception.pending)
@@ -432,12 +439,24 @@ def set_vcpu_events(vcpu: Vcpu, new: CData) -> int:
         e.triple_fault = bool(new.triple_fault.pending)
     if flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR:
         vcpu.sipi_vector = new.sipi_vector
+    if flags & uapi.KVM_VCPUEVENT_VALID_SMM:
+        _set_smm(vcpu, new.smi)
     e.requested = True
     return 0
 
 
-def _check_vcpu_events(vm: Vm, new: CData) -> None:
-    flags, exception = new.flags, new.exception
+def _set_smm(vcpu: Vcpu, smi: CData) -> None:
+    if bool(vcpu.as_id) is not bool(smi.smm):
+        vcpu.smm_changed(entering=bool(smi.smm))
+    vcpu.events.smi_pending = bool(smi.pending)
+    if smi.smm:
+        vcpu.smm_inside_nmi = bool(smi.smm_inside_nmi)
+    if vcpu.lapic_in_kernel:
+        vcpu.latched_init = bool(smi.latched_init)
+
+
+def _check_vcpu_events(vcpu: Vcpu, new: CData) -> None:
+    vm, flags, exception = vcpu.vm, new.flags, new.exception
     if flags & ~vm.kernel.behaviour.vcpu_events_set:
         raise KvmError(EINVAL, f"unknown flags {flags:#x}")
     if flags & uapi.KVM_VCPUEVENT_VALID_PAYLOAD:
@@ -455,8 +474,9 @@ def _check_vcpu_events(vm: Vm, new: CData) -> None:
     ):
         raise KvmError(EINVAL, f"{exception.nr} is no exception")
     smi = new.smi
-    if flags & uapi.KVM_VCPUEVENT_VALID_SMM and (smi.smm or smi.pending or smi.smm_inside_nmi):
-        raise KvmError(EINVAL, "there is no system management mode")
+    in_smm = flags & uapi.KVM_VCPUEVENT_VALID_SMM and (smi.smm or smi.pending)
+    if in_smm and vcpu.mp_state == uapi.KVM_MP_STATE_INIT_RECEIVED:
+        raise KvmError(EINVAL, "INITs are latched in SMM, and one was received")
     if flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT and not vm.triple_fault_event:
         raise KvmError(EINVAL, "a triple fault without KVM_CAP_X86_TRIPLE_FAULT_EVENT")
 

@@ -391,10 +391,3 @@ def tpr_lowered(vcpu: Vcpu) -> Outcome:
     """Tell a client that keeps the local APIC that the guest lowered its TPR."""
     vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_SET_TPR
     return USERSPACE
-
-
-@on_exit(lib.EXIT_RSM)
-def handle_rsm(vcpu: Vcpu) -> Outcome:
-    """RSM outside system management mode is undefined."""
-    vcpu.events.queue_exception(vcpu, uapi.UD_VECTOR)
-    return RESUME

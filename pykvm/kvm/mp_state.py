@@ -22,6 +22,7 @@ _WITH_LAPIC = frozenset(
         uapi.KVM_MP_STATE_AP_RESET_HOLD,
     }
 )
+_INIT_OR_SIPI = frozenset({uapi.KVM_MP_STATE_INIT_RECEIVED, uapi.KVM_MP_STATE_SIPI_RECEIVED})
 
 
 @vcpu_ioctl("KVM_GET_MP_STATE", Out("struct kvm_mp_state"), cap="KVM_CAP_MP_STATE")
@@ -41,13 +42,16 @@ def set_mp_state(vcpu: Vcpu, new: CData) -> int:
     """Set the multiprocessing state.
 
     Errors:
-        EINVAL  a state x86 does not have; any but RUNNABLE without a local APIC in the kernel
+        EINVAL  a state x86 does not have; any but RUNNABLE without a local APIC in the kernel;
+                INIT_RECEIVED or SIPI_RECEIVED in SMM, or with an SMI pending
     Source: api.rst 4.39; x86.c kvm_arch_vcpu_ioctl_set_mpstate
     """
     state = new.mp_state
     strict = vcpu.vm.kernel.behaviour.strict_mp_state
     if strict and state != uapi.KVM_MP_STATE_RUNNABLE and not (state in _WITH_LAPIC and vcpu.lapic_in_kernel):
         raise KvmError(EINVAL, f"mp_state {state}")
+    if state in _INIT_OR_SIPI and (vcpu.as_id or vcpu.events.smi_pending):
+        raise KvmError(EINVAL, "INIT and SIPI are latched in SMM")
     vcpu.mp_state = state
     vcpu.events.requested = True
     return 0

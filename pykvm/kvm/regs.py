@@ -283,6 +283,15 @@ def _check_sregs(vcpu: Vcpu, new: CData) -> None:
     check_apic_base(vcpu, new.apic_base)
 
 
+def is_valid_cr0(cr0: int) -> bool:
+    """Say if CR0 can be this value at all (kvm_is_valid_cr0)."""
+    try:
+        _check_cr0(cr0)
+    except KvmError:
+        return False
+    return True
+
+
 def _check_cr0(cr0: int) -> None:
     if cr0 >> 32:
         raise KvmError(EINVAL, f"cr0 {cr0:#x}: high bits are reserved")

@@ -16,7 +16,7 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import NoArg, vcpu_ioctl
 from pykvm.cpu import Cpu
-from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs
+from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs, smm
 from pykvm.kvm.clock import VcpuClock
 from pykvm.kvm.cpuid import GuestCpuid
 from pykvm.kvm.debug import GuestDebug
@@ -38,6 +38,7 @@ PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
 _RUN_BYTES = 3 * 4096
 # DX after reset is what CPUID.1 says of the processor, and no CPUID is set yet.
 _RESET_RDX = 0x600
+_RESET_SMBASE = 0x3_0000
 _RDX = 2
 _CR8_RESERVED = ~0xF
 _KVM_EXIT_UNKNOWN = uapi.KVM_EXIT_UNKNOWN
@@ -58,7 +59,8 @@ class Vcpu:
     with the PIO data page behind it.
     `complete_userspace_io`: what the next KVM_RUN does first; `pending_linear_rip`: where rip was
     when that was left, if the client has set registers since.
-    `as_id`: the address space it runs in, 1 in system management mode.
+    `as_id`: the address space it runs in, 1 in system management mode; `smbase`: where SMRAM is then;
+    `smm_inside_nmi`: NMIs were blocked already when it was entered.
     `loaded_memslots`: the slots that the processor's tables stand for.
     """
 
@@ -72,6 +74,9 @@ class Vcpu:
         self.kvm_run: CData = ffi.NULL
         self.run_memory = memoryview(b"")
         self.as_id = 0
+        self.smbase = _RESET_SMBASE
+        self.smm_inside_nmi = False
+        self.latched_init = False
         self.mp_state: int = uapi.KVM_MP_STATE_RUNNABLE
         self.sipi_vector = 0
         self.complete_userspace_io: Callable[[Vcpu], Outcome] | None = None
@@ -155,6 +160,17 @@ class Vcpu:
         """Free the processor: the VM is going away and nobody can reach the vCPU."""
         self.complete_userspace_io = None
 
+    def smm_changed(self, *, entering: bool) -> None:
+        """Move into system management mode or out of it: to the other address space (kvm_smm_changed)."""
+        self.as_id = int(entering)
+        if not entering:
+            self.smm_inside_nmi = False
+            # What waited for this: another SMI, an INIT.
+            self.events.requested = True
+        self.loaded_memslots = None
+        self.cpu.flush_tlb()
+        self.vm.mmu.reset_context(self)
+
     def check_signal(self) -> None:
         """End KVM_RUN when a signal waits.
 
@@ -181,6 +197,7 @@ def run(vcpu: Vcpu) -> int:
                 registers there; cr8 above 15
         EINTR   a signal is pending (exit_reason KVM_EXIT_INTR), or immediate_exit is set
         EFAULT  guest memory that the host does not have (exit_reason KVM_EXIT_MEMORY_FAULT)
+        EIO     an SMI, and no memory at SMBASE to save the state in: the VM is dead
     Source: api.rst 4.10 and 5; x86.c kvm_arch_vcpu_ioctl_run, vcpu_run, vcpu_enter_guest
     """
     blocked = _block_signals()
@@ -276,7 +293,13 @@ def _prepare_events(vcpu: Vcpu) -> bool:
         clock.update_guest_time(vcpu)
     msr_filter.update_intercept(vcpu)
     quirks.update_mwait(vcpu)
-    events.inject(vcpu)
+    can_inject = events.inject_exception(vcpu)
+    if events.smi_pending:
+        can_inject = smm.inject_smi(vcpu, can_inject=can_inject)
+        if vcpu.loaded_memslots is None:
+            _load_mmu(vcpu)
+    if events.nmi_pending:
+        events.inject_nmi(vcpu, can_inject=can_inject)
     return True
 
 
@@ -295,6 +318,8 @@ def _open_window(vcpu: Vcpu) -> bool:
 def post_run_save(vcpu: Vcpu) -> None:
     """Refresh what kvm_run says after every KVM_RUN, failed ones included."""
     kvm_run, guest = vcpu.kvm_run, vcpu.cpu.guest
+    if vcpu.as_id:
+        kvm_run.flags |= uapi.KVM_RUN_X86_SMM
     kvm_run.if_flag = 1 if guest.rflags & _IF else 0
     kvm_run.cr8 = guest.cr8
     kvm_run.apic_base = vcpu.apic_base

@@ -13,7 +13,9 @@ from pykvm.kvm.caps import capability
 from pykvm.kvm.exits import RESUME, Outcome, get_cpl, on_exit
 
 if TYPE_CHECKING:
+    from pykvm.kvm.system import System
     from pykvm.kvm.vcpu import Vcpu
+    from pykvm.kvm.vm import Vm
 
 XSAVE_SIZE = ffi.sizeof("struct kvm_xsave")
 # The legacy area as FXSAVE64 writes it: fcw, fsw, ftw, fop, fip, fdp, mxcsr, mxcsr_mask; at 32 the
@@ -177,16 +179,25 @@ def handle_xsetbv(vcpu: Vcpu) -> Outcome:
     return RESUME
 
 
+def _has_xsave(of: Vm | System) -> bool:
+    """Say if the processor has XSAVE, whatever a guest sees of it."""
+    return bool(of.system.offer.words["1_ECX"] >> uapi.CPUID_1_ECX_XSAVE & 1)
+
+
+capability("KVM_CAP_XCRS", lambda of: int(_has_xsave(of)))
+
+
 @vcpu_ioctl("KVM_GET_XCRS", Out("struct kvm_xcrs"), cap="KVM_CAP_XCRS")
 def get_xcrs(vcpu: Vcpu) -> CData:
-    """Return the one extended control register there is, XCR0.
+    """Return the one extended control register there is, XCR0; none on a processor without XSAVE.
 
     Errors: none
     Source: api.rst 4.44; x86.c kvm_vcpu_ioctl_x86_get_xcrs
     """
     out = ffi.new("struct kvm_xcrs *")
-    out.nr_xcrs = 1
-    out.xcrs[0].value = vcpu.cpu.guest.xcr0
+    if _has_xsave(vcpu.vm):
+        out.nr_xcrs = 1
+        out.xcrs[0].value = vcpu.cpu.guest.xcr0
     return out
 
 
@@ -195,9 +206,12 @@ def set_xcrs(vcpu: Vcpu, new: CData) -> int:
     """Set XCR0 if it is among the registers given; others are not looked at.
 
     Errors:
-        EINVAL  flags; more than 16 registers; a value that the guest's CPUID does not have
+        EINVAL  flags; more than 16 registers; a value that the guest's CPUID does not have; a processor
+                without XSAVE
     Source: api.rst 4.45; x86.c kvm_vcpu_ioctl_x86_set_xcrs
     """
+    if not _has_xsave(vcpu.vm):
+        raise KvmError(EINVAL, "the processor has no XSAVE")
     if new.nr_xcrs > uapi.KVM_MAX_XCRS or new.flags:
         raise KvmError(EINVAL, f"{new.nr_xcrs} registers, flags {new.flags:#x}")
     for at in range(new.nr_xcrs):

@@ -29,6 +29,7 @@
 #include <sys/sysmacros.h>
 #include <termios.h>
 #include <unistd.h>
+#include <wordexp.h>
 
 #include "embed.h"
 #include "pykvm/kvm.h"
@@ -255,6 +256,8 @@ static struct {
     _Atomic uint64_t inode;
     _Atomic uint8_t kind;
 } handed_out[MAX_FDS];
+/* The file system that all of ours are on: inode numbers are unique only there. */
+static _Atomic dev_t device_of_ours;
 
 static bool raw_fstat(int fd, struct stat *st) { return syscall(SYS_fstat, fd, st) == 0; }
 
@@ -264,6 +267,7 @@ static void remember(int fd, enum fd_kind kind)
 
     if (fd < 0 || fd >= MAX_FDS || !raw_fstat(fd, &st))
         return;
+    atomic_store(&device_of_ours, st.st_dev);
     atomic_store(&handed_out[fd].kind, kind);
     atomic_store(&handed_out[fd].inode, st.st_ino);
 }
@@ -279,7 +283,7 @@ static enum fd_kind kind_of(int fd)
     inode = atomic_load_explicit(&handed_out[fd].inode, memory_order_relaxed);
     if (!inode)
         return NOT_OURS;
-    if (raw_fstat(fd, &st) && st.st_ino == inode && S_ISREG(st.st_mode))
+    if (raw_fstat(fd, &st) && st.st_ino == inode && st.st_dev == atomic_load(&device_of_ours))
         return atomic_load(&handed_out[fd].kind);
     atomic_store(&handed_out[fd].inode, 0);
     errno = error;
@@ -293,13 +297,13 @@ static bool is_real_device(int fd)
     return raw_fstat(fd, &st) && S_ISCHR(st.st_mode) && st.st_rdev == KVM_RDEV;
 }
 
-/* Is this "/dev/kvm", give or take slashes and dots? */
+/* Is this "/dev/kvm", give or take slashes and dots?  What is no pointer is EFAULT, as the kernel says. */
 static bool names_device(const char *path)
 {
     static const char *const parts[] = {"dev", "kvm"};
     size_t n = 0;
 
-    if (!path || *path != '/')
+    if ((uintptr_t)path < 0x10000 || (uintptr_t)path >> 47 || *path != '/')
         return false;
     while (*path) {
         size_t length = strcspn(path, "/");
@@ -533,6 +537,9 @@ EXPORT long syscall(long number, ...)
         case SYS_openat: return openat((int)a[0], (const char *)a[1], (int)a[2], (mode_t)a[3]);
         case SYS_execve:
             return execve((const char *)a[0], (char *const *)a[1], (char *const *)a[2]);
+        case SYS_execveat:
+            return execveat((int)a[0], (const char *)a[1], (char *const *)a[2], (char *const *)a[3],
+                            (int)a[4]);
         case SYS_munmap: return munmap((void *)a[0], (size_t)a[1]);
         }
     }
@@ -1047,6 +1054,48 @@ EXPORT int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_act
 
     return may_run_by_name(file) ? REAL(posix_spawnp)(pid, file, actions, attributes, argv, env)
                                  : EACCES;
+}
+
+/* libc starts the shell of these without us: what the program took out of its environment has to be
+ * there again. */
+static void mend_environment(void)
+{
+    const char *preload = getenv("LD_PRELOAD");
+
+    if (!preload || !strstr(preload, library)) {
+        size_t size = strlen(library) + (preload ? strlen(preload) : 0) + 2;
+        char with_ours[size];
+
+        snprintf(with_ours, size, "%s%s%s", library, preload ? ":" : "", preload ? preload : "");
+        setenv("LD_PRELOAD", with_ours, 1);
+    }
+    for (int k = 0; k < nr_kept; k++) {
+        size_t length = strcspn(kept[k], "=");
+        char name[length + 1];
+
+        memcpy(name, kept[k], length);
+        name[length] = 0;
+        setenv(name, kept[k] + length + 1, 0);
+    }
+}
+
+EXPORT int system(const char *command)
+{
+    mend_environment();
+    return REAL(system)(command);
+}
+
+EXPORT FILE *popen(const char *command, const char *mode)
+{
+    mend_environment();
+    return REAL(popen)(command, mode);
+}
+
+EXPORT int wordexp(const char *restrict words, wordexp_t *restrict result, int flags)
+{
+    if (!(flags & WRDE_NOCMD))
+        mend_environment();
+    return REAL(wordexp)(words, result, flags);
 }
 
 /* ---- loading ------------------------------------------------------------------------------------------- */

@@ -95,18 +95,6 @@ def test_bad_events_change_nothing(machine: Machine, change: dict[str, int]) -> 
     assert machine.events.exception.nr == 0
 
 
-@pytest.mark.spec("vcpu.SET_VCPU_EVENTS")
-def test_there_is_no_system_management_mode(machine: Machine) -> None:
-    if machine.cap(uapi.KVM_CAP_X86_SMM):
-        pytest.skip("there is")
-    for member in ("smm", "pending", "smm_inside_nmi"):
-        events = machine.events
-        setattr(events.smi, member, 1)
-        assert machine.errno(uapi.KVM_SET_VCPU_EVENTS, events) == EINVAL
-        events.flags &= ~uapi.KVM_VCPUEVENT_VALID_SMM
-        assert machine.errno(uapi.KVM_SET_VCPU_EVENTS, events) == 0
-
-
 @pytest.mark.spec("vcpu.SET_VCPU_EVENTS", "vcpu.GET_VCPU_EVENTS")
 def test_optional_members_count_with_their_flag_only(machine: Machine) -> None:
     events = zeroed()

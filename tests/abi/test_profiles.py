@@ -1062,6 +1062,22 @@ def test_without_nested_paging_there_is_shadow_paging(name: str, make: Callable[
     assert machine.go() == uapi.KVM_EXIT_HLT
 
 
+@pytest.mark.spec("vcpu.GET_XCRS", "vcpu.SET_XCRS", "cap.XCRS_TSC")
+@pytest.mark.parametrize(("name", "there"), [("nehalem", 0), ("k10", 0), ("sandybridge", 1), ("epyc", 1)])
+def test_xcr0_needs_xsave(name: str, there: int, make: Callable[..., Machine]) -> None:
+    machine = make(cpu=name)
+    assert machine.cap(uapi.KVM_CAP_XCRS) == there
+    registers = machine.get(uapi.KVM_GET_XCRS, "kvm_xcrs")
+    assert registers.nr_xcrs == there
+    assert machine.errno(uapi.KVM_SET_XCRS, registers) == (0 if there else EINVAL)
+    image = machine.get(uapi.KVM_GET_XSAVE, "kvm_xsave")
+    assert machine.errno(uapi.KVM_SET_XSAVE, image) == 0
+    image.region[128] = uapi.XFEATURE_MASK_YMM
+    offered = vcpu_of(machine.vcpu).vm.system.offer.xcr0 & uapi.XFEATURE_MASK_YMM
+    assert machine.errno(uapi.KVM_SET_XSAVE, image) == (0 if offered else EINVAL)
+    assert bool(offered) <= bool(there)
+
+
 @pytest.mark.spec("msr.misc")
 @pytest.mark.parametrize("name", ["skylake", "milan"])
 def test_registers_of_a_vendor(name: str, make: Callable[..., Machine]) -> None:

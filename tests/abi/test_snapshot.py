@@ -18,7 +18,7 @@ import pytest
 from pykvm import uapi
 from pykvm.abi import ffi, new, to_bytes
 from tests import snapshot
-from tests.machine import HOLE, RAM, STACK, Machine, emulated
+from tests.machine import HOLE, STACK, Machine, emulated
 
 if TYPE_CHECKING:
     from tests.conftest import NewMachine
@@ -27,6 +27,7 @@ CODE, DATA = 0x1000, 0x7000
 PML4, PDPT, PD, IDT, GDT, HANDLERS = 0x9000, 0xA000, 0xB000, 0xC000, 0xD000, 0xE000
 # Handlers count what they see here.
 COUNTERS = 0xF000
+SMRAM = 0x30000
 CODE64, DATA64 = 8, 16
 END_PORT = 0xFE
 UNKNOWN_MSR = 0x1234_5678
@@ -201,7 +202,21 @@ def build(new_machine: NewMachine) -> Machine:
     machine.enable(machine.vm, uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1)
     machine.enable(machine.vm, uapi.KVM_CAP_X86_USER_SPACE_MSR, uapi.KVM_MSR_EXIT_REASON_UNKNOWN)
     machine.enable(machine.vcpu, uapi.KVM_CAP_PPC_OSI)
+    # What an SMI runs: mov al, [a hole in memory]; out 0x15, al; rsm.
+    smram = machine.add_slot(1 << 16, SMRAM, 0x10000)
+    smram[0x8000:0x8007] = b"\xa0\x00\x70\xe6\x15\x0f\xaa"
     return machine
+
+
+def memory(machine: Machine) -> bytes:
+    """Return all memory of a machine: its own, and that of SMM."""
+    return b"".join(each[:] for each in machine.memories)
+
+
+def copy_memory(old: Machine, new_one: Machine) -> None:
+    """Give a new machine the memory of an old one."""
+    for source, target in zip(old.memories, new_one.memories, strict=True):
+        target[:] = source[:]
 
 
 def boot(machine: Machine, code: bytes) -> None:
@@ -260,7 +275,7 @@ class Client:
             else:
                 self.machine.go()
                 self.handle()
-            if self.way is not None and not self.done and self.points.random() < 0.4:
+            if self.way is not None and self.points.random() < 0.4:
                 self.move(self.way)
 
     def step_on(self) -> None:
@@ -277,6 +292,8 @@ class Client:
 
     def move(self, way: snapshot.Client) -> None:
         """Finish what is under way, and go on in a new VM."""
+        if self.done:
+            return
         old = self.machine
         while (errno := old.complete()) != EINTR:
             assert errno == 0
@@ -285,7 +302,7 @@ class Client:
                 return
         saved = snapshot.save(old, way)
         self.machine = build(self.new_machine)
-        self.machine.ram[:] = old.ram[:]
+        copy_memory(old, self.machine)
         snapshot.restore(self.machine, saved, way)
         old.close()
         self.moves += 1
@@ -317,7 +334,7 @@ class Client:
                 run.osi.gprs[register] = int.from_bytes(answer[8 * register : 8 * register + 8], "little")
         else:
             assert reason == uapi.KVM_EXIT_HLT, machine.regs.rip
-            self.log.append((reason, machine.regs.rip))
+            self.log.append((reason, machine.run.flags, machine.regs.rip))
             self.wake(answer[0])
 
     def wake(self, how: int) -> None:
@@ -325,7 +342,9 @@ class Client:
         machine = self.machine
         if how % 4 == 0:
             machine.do(uapi.KVM_NMI)
-        elif how % 4 == 1 and machine.run.ready_for_interrupt_injection and machine.run.if_flag:
+        elif how % 4 == 1:
+            machine.do(uapi.KVM_SMI)
+        elif how % 4 == 2 and machine.run.ready_for_interrupt_injection:
             request = new("kvm_interrupt")
             request.irq = IRQ
             machine.do(uapi.KVM_INTERRUPT, request)
@@ -338,7 +357,7 @@ class Client:
         assert not (events.exception.injected | events.exception.pending | events.interrupt.injected)
         events.exception.nr = events.interrupt.nr = 0
         state = snapshot.whole_state(self.machine)
-        return {**state, "kvm_vcpu_events": to_bytes(events), "ram": bytes(self.machine.ram[:RAM])}
+        return {**state, "kvm_vcpu_events": to_bytes(events), "memory": memory(self.machine)}
 
 
 @pytest.mark.spec("vcpu.save_order", "run.complete_then_signal", "run.multi_fragment", "run.order")
@@ -370,7 +389,7 @@ def test_a_single_step_trap_is_saved(new_machine: NewMachine, way: snapshot.Clie
     assert (machine.events.exception.pending, machine.events.exception.nr) == (1, DB)
     saved = snapshot.save(machine, way)
     other = build(new_machine)
-    other.ram[:] = machine.ram[:]
+    copy_memory(machine, other)
     snapshot.restore(other, saved, way)
     assert (other.go(), other.run.io.port) == (uapi.KVM_EXIT_IO, 0x14)
     assert struct.unpack_from("<I", other.ram, COUNTERS + 4 * DB) == (1,)
@@ -404,11 +423,11 @@ def test_a_guest_that_a_signal_stopped_goes_on_elsewhere(
             if errno == 0:
                 assert machine.run.io.port == END_PORT
                 assert machine.complete() == EINTR
-                return {**snapshot.whole_state(machine), "ram": bytes(machine.ram[:])}, moves
+                return {**snapshot.whole_state(machine), "memory": memory(machine)}, moves
             assert errno == EINTR
             saved, old = snapshot.save(machine, way), machine
             machine = build(new_machine)
-            machine.ram[:] = old.ram[:]
+            copy_memory(old, machine)
             snapshot.restore(machine, saved, way)
             old.close()
             moves += 1

@@ -115,6 +115,8 @@ def test_every_way_to_open_it(compile_c: Compile, tmp_path: Path) -> None:
             CHECK(!(fcntl(open("/dev/kvm", O_RDWR), F_GETFD) & FD_CLOEXEC));
             CHECK(fcntl(device(), F_GETFD) & FD_CLOEXEC);
             FAILS(open("/dev/kvm2", O_RDWR), ENOENT);
+            FAILS(open((char *)8, O_RDWR), EFAULT);
+            FAILS(syscall(SYS_openat, AT_FDCWD, -1L, O_RDWR), EFAULT);
             FAILS(open("/dev/kvm/x", O_RDWR), REALLY);
             int fd = open("/dev/null", O_RDWR); CHECK(fd >= 0 && write(fd, "x", 1) == 1);
             """,
@@ -610,6 +612,12 @@ def test_children_get_it_whatever_their_environment(compile_c: Compile, child: P
         extern char **environ;
         static const char *path;
         static char *args[2], *none[] = {NULL}, *some[] = {"LD_PRELOAD=", "A=B", NULL};
+        static int shown(FILE *stream)
+        {
+            for (int c; (c = fgetc(stream)) != EOF;) putchar(c);
+            fflush(stdout);
+            return pclose(stream);
+        }
         static void run(int way)
         {
             switch (way) {
@@ -627,6 +635,10 @@ def test_children_get_it_whatever_their_environment(compile_c: Compile, child: P
             case 11: exit(system(path));
             case 12: syscall(SYS_execve, path, args, none); break;
             case 13: execve(path, args, NULL); break;
+            case 14: syscall(SYS_execveat, AT_FDCWD, path, args, none, 0); break;
+            case 15: unsetenv("LD_PRELOAD"); exit(system(path));
+            case 16: clearenv(); exit(system(path));
+            case 17: environ = NULL; exit(shown(popen(path, "r")));
             }
             _exit(9);
         }
@@ -635,8 +647,8 @@ def test_children_get_it_whatever_their_environment(compile_c: Compile, child: P
             int status;
             pid_t pid;
             path = args[0] = argv[1];
-            for (int way = 0; way < 14; way++) {
-                if (!(pid = way % 2 ? vfork() : fork())) run(way);
+            for (int way = 0; way < 18; way++) {
+                if (!(pid = way % 2 && way < 14 ? vfork() : fork())) run(way);
                 CHECK(waitpid(pid, &status, 0) == pid);
                 if (status) printf("way %d: status %x\\n", way, status), exit(1);
             }
@@ -649,7 +661,7 @@ def test_children_get_it_whatever_their_environment(compile_c: Compile, child: P
         """,
         f'-DDIRECTORY="{child.parent}"',
     )
-    assert passes(program, child).count("fake\n") == 16
+    assert passes(program, child).count("fake\n") == 20
 
 
 def test_a_grandchild_through_shells_and_env(child: Path) -> None:
@@ -679,6 +691,7 @@ def test_a_child_that_cannot_have_it_is_not_run(compile_c: Compile) -> None:
             pid_t pid;
             FAILS(execv(argv[1], argv + 1), EACCES);
             FAILS(execlp(argv[1], argv[1], NULL), EACCES);
+            FAILS(syscall(SYS_execveat, AT_FDCWD, argv[1], argv + 1, NULL, 0), EACCES);
             CHECK(posix_spawn(&pid, argv[1], NULL, NULL, argv + 1, NULL) == EACCES);
             return 0;
         }
@@ -686,7 +699,7 @@ def test_a_child_that_cannot_have_it_is_not_run(compile_c: Compile) -> None:
     done = execute(program, static)
     assert (done.returncode, done.stdout) == (0, "")
     lines = done.stderr.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert set(lines) == {
         f"pykvm: {static}: not run: it is statically linked, and would use the real /dev/kvm"
     }

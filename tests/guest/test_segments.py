@@ -117,6 +117,7 @@ def test_load_checks(m: Machine, seg: str, selector: int, cpl: int, ar: int, vec
 
 
 @pytest.mark.spec("cpu.seg_load", "cpu.prot16_32")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 def test_null_selectors(m: Machine) -> None:
     start(m, "prot32", "mov eax, 3; mov es, eax; bad: mov ebx, es:[0]")
     faults(m, GP, 0)
@@ -169,6 +170,7 @@ def test_mov_from_segment_register(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.seg_load")
+@pytest.mark.tcg_differs("a selector is pushed with 32 bits: SDM vol. 2 PUSH allows both")
 def test_push_and_pop_of_segment_registers(m: Machine) -> None:
     start(m, "prot32", "push ds; push -1; add esp, 4; push fs; pop gs; pop es; hlt")
     m.run(lib.EXIT_HLT)
@@ -198,6 +200,7 @@ def test_les_loads_offset_and_segment_or_nothing(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.prot16_32")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 @pytest.mark.parametrize(
     ("ar", "access", "ok"),
     [
@@ -229,6 +232,7 @@ def test_limits_and_rights(m: Machine, ar: int, access: str, ok: bool) -> None:
 
 
 @pytest.mark.spec("cpu.prot16_32")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 def test_execute_only_code_cannot_be_read_and_stack_limit_is_ss(m: Machine) -> None:
     start(m, "prot32", "bad: mov eax, cs:[0]")
     m.set_seg("cs", CODE32, 0, 0xFFFFFFFF, 0xC099)
@@ -244,6 +248,7 @@ def test_execute_only_code_cannot_be_read_and_stack_limit_is_ss(m: Machine) -> N
 
 
 @pytest.mark.spec("cpu.real_mode")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 @pytest.mark.parametrize(
     ("access", "vector"),
     [("mov ax, [bx]", GP), ("mov [bx], ax", GP), ("mov ax, [bp]", SS), ("mov al, [bx]", None)],
@@ -301,6 +306,7 @@ def test_unreal_mode(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.far_transfers", "cpu.real_mode")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 def test_real_mode_far_transfers(m: Machine) -> None:
     start(m, "real", ".byte 0x9a; .word 0x40, 0x1000; back: hlt")
     m.asm("mov ax, 1; retf 4", CODE + 0x40, 16)
@@ -340,6 +346,7 @@ FAR_TARGETS = [
 
 
 @pytest.mark.spec("cpu.far_transfers")
+@pytest.mark.tcg_differs("CALL pushes before the limit is checked: SDM vol. 2 CALL has it behind")
 @pytest.mark.parametrize("insn", ["jmp", "call"])
 @pytest.mark.parametrize(("selector", "ar", "vector", "error"), FAR_TARGETS)
 def test_far_target_checks(m: Machine, insn: str, selector: int, ar: int, vector: int, error: int) -> None:
@@ -358,6 +365,7 @@ def test_far_jump_to_a_conforming_segment_keeps_cpl(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.far_transfers", "cpu.long_mode")
+@pytest.mark.tcg_differs("no check that addresses are canonical: SDM vol. 2 JMP")
 def test_long_mode_far_jumps(m: Machine) -> None:
     start(m, "long64", "jmp fword ptr [0x500]")
     m.load(DATA, (CODE + 0x100).to_bytes(4, "little") + CODE32.to_bytes(2, "little"))
@@ -404,6 +412,7 @@ def test_far_return_to_an_outer_level(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.far_transfers")
+@pytest.mark.tcg_differs("a stack segment that is not present is #NP: SDM vol. 2 RET, IRET have #SS")
 @pytest.mark.parametrize(
     ("cs", "ss", "vector", "error"),
     [
@@ -568,6 +577,7 @@ def test_iret_same_level_pops_ss_rsp_in_64_bit_mode(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.far_transfers")
+@pytest.mark.tcg_differs("a null SS is taken: SDM vol. 2 IRET, 64-bit mode exceptions")
 def test_iret_to_compatibility_mode_needs_a_stack_segment(m: Machine) -> None:
     start(m, "long64", "bad: iretq")
     for k, v in enumerate((CODE + 0x100, CODE32, 2, 0x7008, 0)):
@@ -702,6 +712,7 @@ def test_task_gate_in_the_idt_pushes_the_error_code(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.task_switch")
+@pytest.mark.tcg_differs("nothing, but its page tables do not map the loader")
 def test_task_switch_to_user_with_ldt_and_paging(m: Machine) -> None:
     start(m, "prot32", f"jmp {TASK_SELECTOR}:0")
     directory = 0x100000
@@ -720,6 +731,7 @@ def test_task_switch_to_user_with_ldt_and_paging(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.task_switch")
+@pytest.mark.tcg_differs("T of the TSS is not looked at: SDM vol. 3 17.3.1.5")
 def test_task_trap_flag_is_a_debug_exception_in_the_new_task(m: Machine) -> None:
     start(m, "prot32", f"jmp {TASK_SELECTOR}:0")
     task(m, CODE + 0x100, trap=1)
@@ -731,6 +743,7 @@ def test_task_trap_flag_is_a_debug_exception_in_the_new_task(m: Machine) -> None
 
 
 @pytest.mark.spec("cpu.task_switch")
+@pytest.mark.tcg_differs("EAX keeps its upper half: undefined, KVM's emulate.c clears all")
 def test_16_bit_tss(m: Machine) -> None:
     start(m, "prot32", f"mov eax, 0x12345678; call {TASK_SELECTOR}:0; back: hlt")
     m.load(TASK, bytes(0x2C))
@@ -836,6 +849,7 @@ def test_lgdt_takes_24_bits_with_a_16_bit_operand(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.lldt_ltr_lgdt")
+@pytest.mark.tcg_differs("no check that addresses are canonical: SDM vol. 2 LGDT")
 def test_lgdt_in_64_bit_mode(m: Machine) -> None:
     start(m, "long64", "lidt [0x500]; sidt [0x510]; hlt")
     m.load(DATA, bytes.fromhex("3412 f0debc9a78000000"))
@@ -860,6 +874,7 @@ def test_ltr_marks_the_tss_busy(m: Machine, mode: str) -> None:
 
 
 @pytest.mark.spec("cpu.lldt_ltr_lgdt")
+@pytest.mark.tcg_differs("LTR takes a null selector: SDM vol. 2 LTR")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 @pytest.mark.parametrize(
     ("insn", "selector", "ar", "vector", "error"),
@@ -883,6 +898,7 @@ def test_ltr_and_lldt_checks(
 
 
 @pytest.mark.spec("cpu.lldt_ltr_lgdt")
+@pytest.mark.tcg_differs("no check that addresses are canonical: as KVM and AMD's APM vol. 2 4.8.3 do")
 def test_system_descriptor_in_long_mode_has_16_bytes(m: Machine) -> None:
     start(m, "long64", f"mov eax, {TASK_SELECTOR}; bad: ltr ax")
     m.set_gdt(TASK_SELECTOR, descriptor(TASK, 0x67, 0x89), 1 << 40)
@@ -946,6 +962,7 @@ QUERIES = [
 
 
 @pytest.mark.spec("cpu.seg_load")
+@pytest.mark.tcg_differs("LAR masks bits 16 to 19: SDM vol. 2 LAR has them undefined")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 @pytest.mark.parametrize(("selector", "cpl", "lar", "lsl", "verr", "verw"), QUERIES)
 def test_queries(
@@ -1005,6 +1022,7 @@ def test_syscall_and_sysret(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.syscall")
+@pytest.mark.tcg_differs("VIF and VIP are not loaded: SDM vol. 2 SYSRET")
 def test_sysret_to_32_bits_and_its_flags(m: Machine) -> None:
     start(m, "long64", ".byte 0x0f, 0x07")
     m.asm("cpuid", CODE + 0x100)
@@ -1016,6 +1034,7 @@ def test_sysret_to_32_bits_and_its_flags(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.syscall")
+@pytest.mark.tcg_differs("the fault comes at CPL 3, as on AMD: SDM vol. 2 SYSRET")
 def test_sysret_to_a_non_canonical_address_faults_at_cpl_0(m: Machine) -> None:
     start(m, "long64", "bad: sysretq")
     m.set(star=STAR, rcx=NON_CANONICAL, r11=2)
@@ -1072,6 +1091,7 @@ def test_sysenter_and_sysexit(m: Machine, mode: str) -> None:
 
 
 @pytest.mark.spec("cpu.sysenter")
+@pytest.mark.tcg_differs("SYSENTER_CS 3 is not null: SDM vol. 2 SYSENTER")
 def test_sysenter_faults(m: Machine) -> None:
     for cs in (0, 3):
         start(m, "prot32", "bad: sysenter", cpl=3)
@@ -1111,6 +1131,7 @@ def test_fsgsbase_and_swapgs(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.fsgsbase")
+@pytest.mark.tcg_differs("no check that addresses are canonical: SDM vol. 2 WRFSBASE")
 def test_fsgsbase_faults(m: Machine) -> None:
     start(m, "long64", "bad: rdfsbase rax", cpl=3)
     faults(m, UD, None)

@@ -97,7 +97,7 @@ class MmuMachine(RuleBasedStateMachine):
         self.has_area = True
         for n in range(AREA_PAGES - (FRAMES - AREA >> 12)):
             self.refill(FRAMES + n * 0x1000)
-        for n in range(8):
+        for n in range(16):
             self.refill(LARGE + n * 0x1000)
         self.remember()
 
