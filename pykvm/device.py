@@ -6,7 +6,9 @@ import builtins
 import contextlib
 import fcntl
 import io
+import operator
 import os
+import stat
 import threading
 from errno import EINVAL, ENOENT
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
 from pykvm.abi import ffi
 from pykvm.abi.errors import KvmError
+from pykvm.abi.ioctl import ioc_size
 from pykvm.abi.uaccess import BufferMemory, address_of
 from pykvm.fd import dispatch
 from pykvm.fd.table import fget, is_ours
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 DEVICE = "/dev/kvm"
+_DEVICE_NUMBER = os.makedev(10, 232)
+# In no process's half of the address space: EFAULT, when the request looks there at all.
+_BAD_ADDRESS = 1 << 63
 
 
 class HasFileno(Protocol):
@@ -77,13 +83,14 @@ def ioctl(fd: FileDescriptor, request: int, arg: Any = 0, mutate_flag: bool = Tr
 
     arg is one of
 
-    - an int: the number itself, or an address in this process;
+    - an int, or what has an ``__index__``: the number itself, or an address in this process;
     - a writable buffer (bytearray, array, memoryview, ctypes structure): the structure; changed in
       place, or left alone and returned as bytes when `mutate_flag` is false;
     - bytes, str or a read-only buffer: the structure; returned as bytes;
     - a cffi pointer, array or structure: its address.
 
-    Behind the end of a buffer there is nothing: a structure that does not fit is EFAULT.
+    Behind the end of a buffer there is nothing: a structure that does not fit is EFAULT.  A cffi
+    structure or array that is too small for the request is EFAULT, too.
 
     Errors: those of the ioctl; EBADF no such descriptor; ENOTTY not one of pykvm's
     """
@@ -91,9 +98,11 @@ def ioctl(fd: FileDescriptor, request: int, arg: Any = 0, mutate_flag: bool = Tr
     if isinstance(arg, int):
         return dispatch.ioctl(number, request, arg)
     if isinstance(arg, ffi.CData):
-        return dispatch.ioctl(number, request, _address(arg))
+        return dispatch.ioctl(number, request, _address(arg, ioc_size(request)))
     if isinstance(arg, str):
         arg = arg.encode()
+    elif hasattr(arg, "__index__") and not _is_buffer(arg):
+        return dispatch.ioctl(number, request, operator.index(arg))
     view = memoryview(arg)
     if not view.readonly and mutate_flag:
         memory = BufferMemory(view.cast("B"), writable=True)
@@ -140,11 +149,28 @@ def mmu(fd: int) -> MmuView:
     return MmuView(vm)
 
 
-def _address(data: Any) -> int:
-    kind = ffi.typeof(data).kind
-    if kind in {"struct", "union"}:
-        return address_of(ffi.addressof(data))
-    return address_of(data) if kind in {"pointer", "array", "function"} else int(data)
+def _is_buffer(arg: object) -> bool:
+    # As for fcntl.ioctl, what is both (numpy's scalars) is a buffer.
+    try:
+        memoryview(arg).release()  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def _address(data: Any, size: int) -> int:
+    """Return the address in cdata for a structure of `size` bytes; a bad one when it has no room."""
+    ctype = ffi.typeof(data)
+    if ctype.kind in {"struct", "union"}:
+        data, room = ffi.addressof(data), ffi.sizeof(data)
+    elif ctype.kind == "array":
+        room = ffi.sizeof(data)
+    elif ctype.kind == "pointer" and ctype.item.kind in {"struct", "union"} and ctype.item.fields:
+        room = ffi.sizeof(ctype.item)
+    else:
+        # Other pointers say nothing about what is there.
+        return address_of(data) if ctype.kind in {"pointer", "function"} else int(data)
+    return address_of(data) if size <= room else _BAD_ADDRESS
 
 
 # ---- unchanged programs --------------------------------------------------------------------------
@@ -166,7 +192,7 @@ class _Installed:
     """How often `installed` is entered, and with which options last."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.options: list[_Options] = []
 
 
@@ -177,7 +203,17 @@ def _fake_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | Non
     if is_device(path):
         # os.open makes descriptors that are not inherited, whatever the flags.
         return open(path, flags | os.O_CLOEXEC, **_installed.options[-1])
-    return _real_os_open(path, flags, mode, dir_fd=dir_fd)
+    fd = _real_os_open(path, flags, mode, dir_fd=dir_fd)
+    if not _is_real_device(fd):
+        return fd
+    # By a link of another name, or relative to dir_fd.
+    os.close(fd)
+    return open(DEVICE, flags | os.O_CLOEXEC, **_installed.options[-1])
+
+
+def _is_real_device(fd: int) -> bool:
+    info = os.fstat(fd)
+    return stat.S_ISCHR(info.st_mode) and info.st_rdev == _DEVICE_NUMBER
 
 
 def _fake_open(file: Any, *args: Any, **kwargs: Any) -> Any:

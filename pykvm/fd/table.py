@@ -62,7 +62,8 @@ class _Table:
     """The files of this process."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        # Re-entrant: a client's signal handler may open and close in the middle of our own doing so.
+        self.lock = threading.RLock()
         self.files: dict[int, File] = {}
         self.watched: dict[int, File] = {}
         self.closing: list[File] = []
@@ -72,7 +73,7 @@ class _Table:
 
     def after_fork_in_child(self) -> None:
         """Start anew: the queue is shared with the parent, and so are its files."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         if self.queue >= 0:
             os.close(self.queue)
         self.queue = -1
@@ -149,8 +150,9 @@ def anon_inode_getfd(
 def reap() -> int:
     """Release the files whose last reference is gone; return how many."""
     with _table.lock:
-        candidates = _table.closing + _closed()
-        _table.closing = []
+        # Taken first and in one step: a signal handler's reap() must not release the same files.
+        closing, _table.closing = _table.closing, []
+        candidates = closing + _closed()
         gone = []
         still_open = _open_inodes() if candidates else frozenset()
         for file in candidates:

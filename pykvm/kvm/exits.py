@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from pykvm import trace
 from pykvm.abi import Gpa, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
+from pykvm.kvm import steal_time
 from pykvm.kvm.caps import Args, vm_cap
 from pykvm.mmu import RetPf
 
@@ -255,6 +256,8 @@ def memory_fault(vcpu: Vcpu, gpa: int, size: int, flags: int) -> None:
 @on_exit(lib.EXIT_PREEMPTED)
 def handle_preempted(vcpu: Vcpu) -> Outcome:
     """Let Python look at its signals and threads, and go on; a signal may wait for this thread, too."""
+    if vcpu.steal_time.gpa is not None:
+        steal_time.record(vcpu)
     return _stop_for_signal(vcpu)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pykvm.abi import uapi
-from pykvm.kvm import clock
+from pykvm.kvm import clock, steal_time
 from pykvm.kvm.caps import Args, vcpu_cap
 from pykvm.kvm.msr import Check, invalid, msr, stored, unsupported
 
@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
 
 
-
 def guest_pv_has(vcpu: Vcpu, feature: int) -> bool:
     """Say if the guest has a KVM_FEATURE_*: all of them, unless the client wants CPUID to rule."""
-    return not vcpu.msrs.pv_enforce or bool(vcpu.cpuid.pv_features >> feature & 1)
+    return vcpu.pv_has(feature)
 
 
 @vcpu_cap("KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
@@ -86,7 +85,6 @@ def _pv_stored(index: int, feature: int, check: Check | None = None, *, reset: i
         vcpu.msrs.values[index] = data
 
 
-_STEAL_RESERVED = 0x3E
 # Asynchronous page faults and their interrupt need a local APIC in the kernel.
 _pv_stored(
     uapi.MSR_KVM_ASYNC_PF_EN,
@@ -98,11 +96,28 @@ _pv_stored(
     uapi.KVM_FEATURE_ASYNC_PF_INT,
     lambda vcpu, data, _host: not data >> 8 and vcpu.lapic_in_kernel,
 )
-_pv_stored(
-    uapi.MSR_KVM_STEAL_TIME,
-    uapi.KVM_FEATURE_STEAL_TIME,
-    lambda _vcpu, data, _host: not data & _STEAL_RESERVED,
-)
+
+
+@msr(uapi.MSR_KVM_STEAL_TIME, save=True)
+def steal_time_msr(vcpu: Vcpu, index: int, host: bool) -> int:
+    """Where the guest wants to be told of stolen time."""
+    del host
+    if not guest_pv_has(vcpu, uapi.KVM_FEATURE_STEAL_TIME):
+        raise unsupported()
+    return vcpu.msrs.get(index)
+
+
+@steal_time_msr.writer
+def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+    del host
+    if not guest_pv_has(vcpu, uapi.KVM_FEATURE_STEAL_TIME):
+        raise unsupported()
+    if data & uapi.KVM_STEAL_RESERVED_MASK:
+        raise invalid()
+    vcpu.msrs.values[index] = data
+    steal_time.enable(vcpu, data)
+
+
 _pv_stored(uapi.MSR_KVM_PV_EOI_EN, uapi.KVM_FEATURE_PV_EOI, lambda _vcpu, data, _host: not data & 2)
 _pv_stored(
     uapi.MSR_KVM_POLL_CONTROL,

@@ -16,7 +16,7 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import NoArg, vcpu_ioctl
 from pykvm.cpu import Cpu
-from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs, smm
+from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs, smm, steal_time
 from pykvm.kvm.clock import VcpuClock
 from pykvm.kvm.cpuid import GuestCpuid
 from pykvm.kvm.debug import GuestDebug
@@ -25,6 +25,7 @@ from pykvm.kvm.exits import EXIT_NAMES, HANDLERS, NO_GFN, RESUME, USERSPACE, Out
 from pykvm.kvm.msr import MsrState
 from pykvm.kvm.profile import absent_requests
 from pykvm.kvm.signals import signal_pending
+from pykvm.kvm.steal_time import StealTime
 from pykvm.mmu import MemoryFault, VcpuStat
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Vcpu:
         self.msrs: MsrState = MsrState()
         self.clock: VcpuClock = VcpuClock()
         self.debug: GuestDebug = GuestDebug()
+        self.steal_time = StealTime()
         self._reset()
 
     def _reset_apic_base(self) -> int:
@@ -160,6 +162,10 @@ class Vcpu:
         """Free the processor: the VM is going away and nobody can reach the vCPU."""
         self.complete_userspace_io = None
 
+    def pv_has(self, feature: int) -> bool:
+        """Say if the guest has a KVM_FEATURE_*: all of them, unless the client wants CPUID to rule."""
+        return not self.msrs.pv_enforce or bool(self.cpuid.pv_features >> feature & 1)
+
     def smm_changed(self, *, entering: bool) -> None:
         """Move into system management mode or out of it: to the other address space (kvm_smm_changed)."""
         self.as_id = int(entering)
@@ -179,6 +185,7 @@ class Vcpu:
         """
         if signal_pending(self):
             self.kvm_run.exit_reason = _KVM_EXIT_INTR
+            steal_time.set_preempted(self)
             raise KvmError(EINTR, "a signal is pending")
 
 
@@ -255,6 +262,8 @@ def vcpu_run(vcpu: Vcpu) -> int:
     if vm.kernel.behaviour.memory_fault_exit:
         kvm_run.exit_reason = _KVM_EXIT_UNKNOWN
     vcpu.has_run = True
+    if vcpu.steal_time.gpa is not None:
+        steal_time.record(vcpu)
     while True:
         if vcpu.loaded_memslots is not vm.memslots:
             _load_mmu(vcpu)
@@ -291,6 +300,8 @@ def _prepare_events(vcpu: Vcpu) -> bool:
         return False
     if vcpu.clock.update_requested:
         clock.update_guest_time(vcpu)
+    if vcpu.steal_time.gpa is not None:
+        steal_time.record(vcpu)
     msr_filter.update_intercept(vcpu)
     quirks.update_mwait(vcpu)
     can_inject = events.inject_exception(vcpu)

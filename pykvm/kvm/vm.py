@@ -47,7 +47,7 @@ class _Live:
         self.start_anew()
 
     def start_anew(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a client's signal handler may come in between
         self.vms: set[Vm] = set()
 
     def add(self, vm: Vm) -> None:
@@ -114,7 +114,7 @@ class Vm:
         self.n_requested_mmu_pages = 0
         self.mmu = new_mmu(self, tdp="no-tdp" not in system.extensions)
         self._users = 0
-        self._users_lock = threading.Lock()
+        self._users_lock = threading.RLock()
         self._run_memory: dict[int, CData] = {}
 
     @property

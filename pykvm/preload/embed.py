@@ -137,7 +137,7 @@ class _Shim:
         self._refresh()
 
     def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def _refresh(self) -> None:
         # Held over both, so that an older list cannot be told after a newer one.

@@ -293,6 +293,25 @@ def test_a_client_that_closes_every_descriptor_does_no_harm() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+def test_a_signal_handler_may_open_and_close_while_we_do() -> None:
+    class Nothing:
+        def release(self) -> None:
+            pass
+
+    def handler(_: object = None) -> None:
+        os.close(pykvm.open())
+        assert errno_of(call, -1, uapi.KVM_GET_API_VERSION) == EBADF
+
+    def interrupted() -> None:
+        # Where a signal may come in: in the middle, with the lock held.
+        os.close(table.anon_inode_getfd("test", "system", Nothing(), install=handler))
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 @pytest.mark.spec("fd.unknown_ioctl")
 def test_descriptors_that_are_not_ours() -> None:
     ends = os.pipe()

@@ -18,6 +18,7 @@ import pykvm
 from pykvm import uapi
 from pykvm.abi import capabilities, ffi
 from pykvm.abi.ioctl import rows
+from pykvm.fd.table import is_ours
 from tests.abi.conftest import errno_of
 
 Track = Callable[[int], int]
@@ -262,6 +263,28 @@ def test_the_low_32_bits_of_a_request_count(vm: int, kvm: int) -> None:
     assert call(kvm, uapi.KVM_GET_API_VERSION - (1 << 32)) == 12
 
 
+def test_cdata_that_is_too_small_is_efault_and_not_overrun(kvm: int, track: Track) -> None:
+    vm = track(call(kvm, uapi.KVM_CREATE_VM))
+    vcpu = track(call(vm, uapi.KVM_CREATE_VCPU))
+    for small in (ffi.new("struct kvm_regs *"), ffi.new("struct kvm_regs *")[0], ffi.new("char[311]")):
+        assert errno_of(call, vcpu, uapi.KVM_GET_SREGS, small) == EFAULT
+        assert errno_of(call, vcpu, uapi.KVM_GET_SREGS ^ 0x40, small) == EINVAL  # no such request
+    assert call(vcpu, uapi.KVM_GET_SREGS, ffi.new("char[312]")) == 0
+    sregs = ffi.new("struct kvm_sregs *")
+    assert call(vcpu, uapi.KVM_GET_SREGS, ffi.cast("void *", sregs)) == 0
+    assert sregs.cr0
+
+
+def test_an_argument_may_be_an_object_that_is_a_number(kvm: int) -> None:
+    class Number:
+        def __index__(self) -> int:
+            return uapi.KVM_CAP_HLT
+
+    assert call(kvm, uapi.KVM_CHECK_EXTENSION, Number()) == 1
+    with pytest.raises(TypeError):
+        call(kvm, uapi.KVM_CHECK_EXTENSION, 1.0)
+
+
 def test_an_object_with_fileno(kvm: int) -> None:
     with os.fdopen(kvm, "rb", closefd=False, buffering=0) as file:
         assert pykvm.ioctl(file, uapi.KVM_GET_API_VERSION) == 12
@@ -305,6 +328,18 @@ def test_installed_serves_unchanged_code() -> None:
     assert call(vm, uapi.KVM_CHECK_EXTENSION, uapi.KVM_CAP_HLT) == 1
     os.close(vm)
     os.close(kvm)
+
+
+@pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="without a real /dev/kvm links lead nowhere")
+def test_installed_never_gives_the_real_device(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("/dev/kvm")
+    directory = os.open("/dev", os.O_RDONLY)
+    with pykvm.installed():
+        for fd in (os.open(link, os.O_RDWR), os.open("kvm", os.O_RDWR, dir_fd=directory)):
+            assert is_ours(fd)
+            os.close(fd)
+    os.close(directory)
 
 
 def test_installed_nests_and_leaves_on_errors() -> None:
