@@ -55,29 +55,29 @@
     __asm__(".set " #name ", " #value)
 
 /* Guest-physical memory: 2 MiB of RAM from 0; everything above it is a hole, hence MMIO. */
-SHARED(CODE, 0x1000);         /* each test's guest code; real mode runs it with CS base 0 */
-SHARED(VECTORS, 0x4000);      /* long mode's interrupt handlers */
-SHARED(RECORD, 0x6000);       /* struct record, written by those handlers */
-SHARED(STACK, 0x9000);        /* grows down */
-SHARED(USER_STACK, 0xa000);   /* grows down */
-SHARED(PML4, 0x10000);        /* PDPT, PD of 0, PD of 3 GiB, PT of 0 follow, a page each */
+SHARED(CODE, 0x1000);       /* each test's guest code; real mode runs it with CS base 0 */
+SHARED(VECTORS, 0x4000);    /* long mode's interrupt handlers */
+SHARED(RECORD, 0x6000);     /* struct record, written by those handlers */
+SHARED(STACK, 0x9000);      /* grows down */
+SHARED(USER_STACK, 0xa000); /* grows down */
+SHARED(PML4, 0x10000);      /* PDPT, PD of 0, PD of 3 GiB, PT of 0 follow, a page each */
 SHARED(GDT, 0x15000);
 SHARED(IDT, 0x16000);
 SHARED(TSS, 0x17000);
 SHARED(DATA, 0x20000);
 SHARED(RAM_SIZE, 0x200000);
-SHARED(DEVICE, 0xd0000000);   /* in the hole */
+SHARED(DEVICE, 0xd0000000); /* in the hole */
 
 /* Selectors of the long mode GDT. */
 SHARED(CODE64, 0x08);
 SHARED(DATA64, 0x10);
-SHARED(ABSENT, 0x18);         /* a data segment that is not present */
+SHARED(ABSENT, 0x18); /* a data segment that is not present */
 SHARED(USER_DATA, 0x23);
 SHARED(USER_CODE, 0x2b);
 SHARED(TASK, 0x30);
 
-SHARED(PORT, 0x10);           /* where guests report a value */
-SHARED(PORT_RECORD, 0xe0);    /* OUT here: struct record is filled in */
+SHARED(PORT, 0x10);        /* where guests report a value */
+SHARED(PORT_RECORD, 0xe0); /* OUT here: struct record is filled in */
 
 /* What the long mode handlers note about the event they handle. */
 struct record {
@@ -90,8 +90,8 @@ struct record {
  */
 #define GUEST(name, ...)                                                                           \
     extern const uint8_t name[], name##_end[];                                                     \
-    __asm__(".pushsection .rodata; .balign 16; " #name ": " #__VA_ARGS__                           \
-            "; " #name "_end: .code64; .popsection")
+    __asm__(".pushsection .rodata; .balign 16; " #name ": " #__VA_ARGS__ "; " #name                \
+            "_end: .code64; .popsection")
 
 /* ---- saying facts ---------------------------------------------------------------------------- */
 
@@ -480,10 +480,7 @@ static uint64_t value_of(const uint8_t *bytes, unsigned size)
     return value;
 }
 
-static uint8_t *io_data(struct cpu *c)
-{
-    return (uint8_t *)c->run + c->run->io.data_offset;
-}
+static uint8_t *io_data(struct cpu *c) { return (uint8_t *)c->run + c->run->io.data_offset; }
 
 static void say_out(struct cpu *c)
 {
@@ -546,8 +543,7 @@ static void say_exit(struct machine *m, struct cpu *c)
     case KVM_EXIT_INTERNAL_ERROR:
         say("internal_error", "suberror=%u rip=%#llx", r->internal.suberror, get_regs(c).rip);
         break;
-    default:
-        say(exit_name(r->exit_reason), "exit");
+    default: say(exit_name(r->exit_reason), "exit");
     }
 }
 
@@ -980,10 +976,7 @@ SHARED(PAGE_USER, 0x34000);
 SHARED(PAGE_READ, 0x35000);
 SHARED(PAGE_WRITTEN, 0x36000);
 
-static uint64_t *pte_of(struct machine *m, uint64_t gva)
-{
-    return page_table(m) + (gva >> 12);
-}
+static uint64_t *pte_of(struct machine *m, uint64_t gva) { return page_table(m) + (gva >> 12); }
 
 static void special_pages(struct machine *m)
 {
@@ -1786,10 +1779,9 @@ static void check_cpuid(struct machine *m, bool exact)
         {.function = 0x80000000, .eax = 0x80000001, .ebx = 4, .ecx = 5, .edx = 6},
         {.function = 0x80000001, .edx = 0x2c100800, .ecx = 1},
     };
-    static const uint32_t asked[][2] = {{0, 0},          {1, 0},          {4, 0},
-                                        {4, 1},          {4, 9},          {1, 7},
-                                        {0x40000000, 0}, {0x80000000, 0}, {0x80000001, 0},
-                                        {3, 0}};
+    static const uint32_t asked[][2] = {{0, 0},          {1, 0}, {4, 0},          {4, 1},
+                                        {4, 9},          {1, 7}, {0x40000000, 0}, {0x80000000, 0},
+                                        {0x80000001, 0}, {3, 0}};
     static struct {
         struct kvm_cpuid2 head;
         struct kvm_cpuid_entry2 entries[32];
@@ -1825,10 +1817,7 @@ static void check_cpuid(struct machine *m, bool exact)
     say("get", "room for 2: %s", errno_name(error));
 }
 
-static void test_cpuid(struct machine *m)
-{
-    check_cpuid(m, false);
-}
+static void test_cpuid(struct machine *m) { check_cpuid(m, false); }
 
 /* clang-format off */
 GUEST(msr_code,
@@ -2065,10 +2054,7 @@ static void test_alu(struct machine *m)
 
 /* ---- tests that need a whole CPU ------------------------------------------------------------- */
 
-static void test_cpuid_exact(struct machine *m)
-{
-    check_cpuid(m, true);
-}
+static void test_cpuid_exact(struct machine *m) { check_cpuid(m, true); }
 
 /* clang-format off */
 GUEST(out_code,
@@ -2562,18 +2548,10 @@ int main(int argc, char **argv)
 
     while ((option = getopt(argc, argv, "alv")) != -1) {
         switch (option) {
-        case 'a':
-            all = true;
-            break;
-        case 'l':
-            list_tests();
-            return 0;
-        case 'v':
-            verbose = true;
-            break;
-        default:
-            fprintf(stderr, "usage: kvmtest [-a] [-l] [-v] [NAME...]\n");
-            return 2;
+        case 'a': all = true; break;
+        case 'l': list_tests(); return 0;
+        case 'v': verbose = true; break;
+        default: fprintf(stderr, "usage: kvmtest [-a] [-l] [-v] [NAME...]\n"); return 2;
         }
     }
     for (int i = optind; i < argc; i++) {

@@ -51,12 +51,16 @@ class Backend:
 class Machine:
     """One vCPU, 64 KiB of memory at 0, real mode with flat segments once `start` was called."""
 
-    def __init__(self, backend: Backend, *, vcpu_id: int = 0, **options: Any) -> None:
+    def __init__(
+        self, backend: Backend, *, vcpu_id: int = 0, disabled_exits: int = 0, **options: Any
+    ) -> None:
         """`options`: those of pykvm.open."""
         self.backend = backend
         self._stack = contextlib.ExitStack()
         self.kvm = self._fd(backend.open(**options))
         self.vm = self._fd(backend.ioctl(self.kvm, uapi.KVM_CREATE_VM))
+        if disabled_exits:
+            self.enable(self.vm, uapi.KVM_CAP_X86_DISABLE_EXITS, disabled_exits)
         self.memories: list[mmap.mmap] = []
         self.ram = self.add_slot(0, 0, RAM)
         self.vcpu = self._fd(backend.ioctl(self.vm, uapi.KVM_CREATE_VCPU, vcpu_id))

@@ -151,5 +151,3 @@ def supported_cpuid(machine: Machine) -> CData:
     cpuid = cpuid_list(256)
     machine.ioctl(machine.kvm, uapi.KVM_GET_SUPPORTED_CPUID, cpuid)
     return cpuid
-
-

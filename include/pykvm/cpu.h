@@ -74,9 +74,9 @@ struct cpu_fpu {
     uint64_t fip, fdp;
     uint32_t mxcsr;
     uint32_t mxcsr_mask;
-    uint64_t xinuse;    /* XINUSE of XSAVE: which components are not in their init state */
-    uint64_t reserved;  /* the processor keeps ymm[] aligned to 32 bytes */
-    uint8_t st[8][16];  /* ST(i), 80 bits each, in stack order as FXSAVE stores them */
+    uint64_t xinuse;     /* XINUSE of XSAVE: which components are not in their init state */
+    uint64_t reserved;   /* the processor keeps ymm[] aligned to 32 bytes */
+    uint8_t st[8][16];   /* ST(i), 80 bits each, in stack order as FXSAVE stores them */
     uint8_t ymm[16][32]; /* XMM in the low half */
 };
 
@@ -155,21 +155,21 @@ struct cpu_event {
 /* ---- controls --------------------------------------------------------------------- */
 
 /* ctl.flags */
-#define CPU_TDP 0x1             /* eptp maps gpa; clear: eptp maps linear addresses (shadow) */
-#define CPU_EXIT_HLT 0x2        /* HLT exits in any case: a processor has nowhere to wait */
+#define CPU_TDP 0x1      /* eptp maps gpa; clear: eptp maps linear addresses (shadow) */
+#define CPU_EXIT_HLT 0x2 /* HLT exits in any case: a processor has nowhere to wait */
 #define CPU_EXIT_PAUSE 0x4
-#define CPU_EXIT_MWAIT 0x8      /* MONITOR and MWAIT; clear: they are NOPs */
-#define CPU_EXIT_INVLPG 0x10    /* trap-like, also INVPCID */
-#define CPU_EXIT_CR3 0x20       /* trap-like */
-#define CPU_EXIT_CR0_CR4 0x40   /* trap-like */
-#define CPU_EXIT_CR8 0x80       /* trap-like, when a write lowers CR8 (any write with CPU_EXIT_CR8_ALL) */
+#define CPU_EXIT_MWAIT 0x8    /* MONITOR and MWAIT; clear: they are NOPs */
+#define CPU_EXIT_INVLPG 0x10  /* trap-like, also INVPCID */
+#define CPU_EXIT_CR3 0x20     /* trap-like */
+#define CPU_EXIT_CR0_CR4 0x40 /* trap-like */
+#define CPU_EXIT_CR8 0x80 /* trap-like, when a write lowers CR8 (any write with CPU_EXIT_CR8_ALL) */
 #define CPU_EXIT_CR8_ALL 0x100
-#define CPU_EXIT_MSR_ALL 0x200  /* no MSR is passed through */
+#define CPU_EXIT_MSR_ALL 0x200 /* no MSR is passed through */
 #define CPU_EXIT_IRQ_WINDOW 0x400
 #define CPU_EXIT_NMI_WINDOW 0x800
-#define CPU_EXIT_DR 0x1000      /* fault-like exit on MOV DR */
-#define CPU_SINGLE_STEP 0x2000  /* monitor trap: EXIT_MTF after one instruction */
-#define CPU_NO_HOST_TSC 0x4000  /* TSC counts instructions */
+#define CPU_EXIT_DR 0x1000     /* fault-like exit on MOV DR */
+#define CPU_SINGLE_STEP 0x2000 /* monitor trap: EXIT_MTF after one instruction */
+#define CPU_NO_HOST_TSC 0x4000 /* TSC counts instructions */
 #define CPU_MWAIT_UD 0x8000    /* MONITOR and MWAIT raise #UD when CPUID lacks them */
 
 #define CPU_NR_CPUID 12
@@ -198,10 +198,10 @@ struct cpu_mmio {
 
 struct cpu_ctl {
     uint32_t flags;
-    uint32_t ept_level;    /* of the root: 4 or 5 (tdp), 4 or 3 (shadow; 3 = PAE, 4 entries) */
-    uint64_t eptp;         /* host address of the root table: 512 SPTEs */
+    uint32_t ept_level; /* of the root: 4 or 5 (tdp), 4 or 3 (shadow; 3 = PAE, 4 entries) */
+    uint64_t eptp;      /* host address of the root table: 512 SPTEs */
     uint32_t maxphyaddr;
-    uint32_t insn_budget;  /* exit EXIT_PREEMPTED after about so many instructions; 0: none */
+    uint32_t insn_budget; /* exit EXIT_PREEMPTED after about so many instructions; 0: none */
     uint64_t mmio_gen, mmio_gen_mask;
     /* Writes the module wants to see although the frame is mapped read-only (READONLY slot,
      * write-protected guest page table): writes to this gfn become MMIO writes for the one
@@ -214,10 +214,10 @@ struct cpu_ctl {
     uint32_t cpuid[CPU_NR_CPUID];
     uint64_t xcr0_valid;
     uint64_t tsc_offset;
-    uint64_t tsc_ratio; /* 16.48 fixed point, 1 << 48 = host rate; 0 means 1 */
-    uint64_t exception_bitmap; /* vectors that exit instead of being delivered */
+    uint64_t tsc_ratio;           /* 16.48 fixed point, 1 << 48 = host rate; 0 means 1 */
+    uint64_t exception_bitmap;    /* vectors that exit instead of being delivered */
     struct cpu_event entry_event; /* taken by the next entry; not delivered: exit.idt_vectoring */
-    uint64_t deadline;  /* host TSC at which cpu_enter returns EXIT_PREEMPTED; 0: about 10 ms */
+    uint64_t deadline; /* host TSC at which cpu_enter returns EXIT_PREEMPTED; 0: about 10 ms */
     /* Answer to the last EXIT_IO: elements in pio_data that an IN or INS may consume; for
      * OUT, pio_out_done makes the OUT that exited complete. Cleared when consumed. */
     uint32_t pio_count;
@@ -232,15 +232,15 @@ struct cpu_ctl {
 
 enum cpu_exit_reason {
     EXIT_NONE = 0,
-    EXIT_PREEMPTED,     /* deadline reached, nothing to do */
-    EXIT_KICK,          /* cpu_kick() or a pending, unblocked signal */
-    EXIT_EXCEPTION,     /* vector in exception_bitmap; intr_info and error_code, not delivered */
+    EXIT_PREEMPTED, /* deadline reached, nothing to do */
+    EXIT_KICK,      /* cpu_kick() or a pending, unblocked signal */
+    EXIT_EXCEPTION, /* vector in exception_bitmap; intr_info and error_code, not delivered */
     EXIT_TRIPLE_FAULT,
     EXIT_IRQ_WINDOW,
     EXIT_NMI_WINDOW,
-    EXIT_HLT,           /* rip after the HLT */
-    EXIT_CPUID,         /* at; finish with cpu_skip() */
-    EXIT_RDMSR,         /* at; index in rcx; cpu_skip() or inject */
+    EXIT_HLT,   /* rip after the HLT */
+    EXIT_CPUID, /* at; finish with cpu_skip() */
+    EXIT_RDMSR, /* at; index in rcx; cpu_skip() or inject */
     EXIT_WRMSR,
     EXIT_VMCALL,        /* at; qualification 0 = VMCALL, 1 = VMMCALL */
     EXIT_IO,            /* see exit.io */
@@ -258,7 +258,7 @@ enum cpu_exit_reason {
     EXIT_RSM,           /* at */
     EXIT_XSETBV,        /* at; cpu_skip() or inject */
     EXIT_HOST_FAULT,    /* at; guest memory at host address `hva` is gone (SIGSEGV, SIGBUS) */
-    EXIT_EMULATION,     /* at; instruction cannot be executed: fetch from MMIO, MMIO in a descriptor table ... */
+    EXIT_EMULATION, /* at; instruction cannot be executed: fetch from MMIO, MMIO in a descriptor table ... */
     EXIT_INVALID_STATE, /* entry refused, guest state no processor can hold; qualification says what */
     CPU_NR_EXITS
 };
@@ -267,7 +267,7 @@ enum cpu_exit_reason {
 #define CPU_EPT_READ 1
 #define CPU_EPT_WRITE 2
 #define CPU_EPT_FETCH 4
-#define CPU_EPT_R 8       /* what the entry allowed */
+#define CPU_EPT_R 8 /* what the entry allowed */
 #define CPU_EPT_W 0x10
 #define CPU_EPT_X 0x20
 #define CPU_EPT_GLA_VALID 0x80
@@ -278,7 +278,7 @@ enum cpu_exit_reason {
 
 struct cpu_exit_io {
     uint16_t port;
-    uint8_t size;   /* 1, 2, 4 */
+    uint8_t size; /* 1, 2, 4 */
     uint8_t in;
     uint8_t string;
     uint8_t rep;
@@ -305,7 +305,7 @@ struct cpu_exit {
 };
 
 struct cpu_stats {
-    uint64_t insns;       /* retired */
+    uint64_t insns; /* retired */
     uint64_t blocks_built, blocks_flushed, tlb_fills, tlb_flushes, smc, walks;
     uint64_t exits[32]; /* of cpu_enter(), by enum cpu_exit_reason */
 };

@@ -53,20 +53,20 @@ struct insn;
 
 /* What a handler returns. */
 enum status {
-    LINK0 = 0, /* block done, rip is the fall-through successor */
-    LINK1 = 1, /* block done, rip is the taken direct target */
+    LINK0 = 0,  /* block done, rip is the fall-through successor */
+    LINK1 = 1,  /* block done, rip is the taken direct target */
     LOOKUP = 2, /* block done, find the block of rip (indirect, or the mode may have changed) */
-    STOP = 3,  /* cpu->stop says why; see stop() and friends */
+    STOP = 3,   /* cpu->stop says why; see stop() and friends */
 };
 
 typedef int (*insn_fn)(struct cpu *cpu, const struct insn *i);
 
 /* insn.flags */
-#define I_MEM 0x0001    /* the ModRM operand is memory */
+#define I_MEM 0x0001 /* the ModRM operand is memory */
 #define I_LOCK 0x0002
-#define I_REP 0x0004    /* F3 */
-#define I_REPNE 0x0008  /* F2 */
-#define I_STACK 0x0010  /* the segment is SS: faults are #SS */
+#define I_REP 0x0004   /* F3 */
+#define I_REPNE 0x0008 /* F2 */
+#define I_STACK 0x0010 /* the segment is SS: faults are #SS */
 #define I_REX 0x0020
 #define I_OSZ 0x0040    /* 66 */
 #define I_CODE64 0x0080 /* decoded for 64-bit mode */
@@ -88,42 +88,42 @@ enum ea_kind {
 
 struct insn {
     insn_fn fn;
-    s64 disp;        /* displacement (RIP-relative: against the block's first byte) */
+    s64 disp; /* displacement (RIP-relative: against the block's first byte) */
     union {
-        u64 imm;     /* immediate, sign-extended to 64 bits; branch: displacement */
-        struct {     /* vector rows: registers as byte offsets from guest.fpu.ymm */
+        u64 imm; /* immediate, sign-extended to 64 bits; branch: displacement */
+        struct { /* vector rows: registers as byte offsets from guest.fpu.ymm */
             u8 imm8;
             u16 vd, va, vb; /* destination, first source (legacy encoding: = vd), last source */
         };
     };
     const struct op *op;
-    u8 dst, src;     /* GPR operands: byte offset into the register file; others: number */
-    u8 base, index;  /* register numbers, 16 = none, 17 = RIP */
-    u8 scale, seg;   /* log2; cpu->seg_base index (EA_SEG, EA_32: real segment number) */
-    u8 ea, asize;    /* enum ea_kind; address size in bytes 2, 4, 8 */
-    u8 opsize;       /* 1, 2, 4, 8 */
+    u8 dst, src;    /* GPR operands: byte offset into the register file; others: number */
+    u8 base, index; /* register numbers, 16 = none, 17 = RIP */
+    u8 scale, seg;  /* log2; cpu->seg_base index (EA_SEG, EA_32: real segment number) */
+    u8 ea, asize;   /* enum ea_kind; address size in bytes 2, 4, 8 */
+    u8 opsize;      /* 1, 2, 4, 8 */
     u8 len;
-    u16 off;         /* of its first byte from the block's first byte */
-    u16 flags;       /* I_* */
+    u16 off;   /* of its first byte from the block's first byte */
+    u16 flags; /* I_* */
     u8 modrm;
-    u8 vvvv;         /* VEX.vvvv as a register number, or imm2 of ENTER and far pointers' helper */
+    u8 vvvv; /* VEX.vvvv as a register number, or imm2 of ENTER and far pointers' helper */
 };
 
 #define BLOCK_MAX 48 /* instructions */
 
 struct block {
-    u64 epoch;            /* usable without a check while equal to cpu->epoch; 0 = dead */
-    uintptr_t hva;        /* host address of the first byte */
-    uintptr_t hva2;       /* page crossing instruction: host address of the second page, else 0 */
-    u16 mode;             /* cpu->mode it was decoded for */
-    u16 n;                /* instructions, without the closing x_end */
-    u16 len;              /* bytes */
-    u16 repeats;          /* the last one is a REP: it may come back unfinished */
+    u64 epoch;      /* usable without a check while equal to cpu->epoch; 0 = dead */
+    uintptr_t hva;  /* host address of the first byte */
+    uintptr_t hva2; /* page crossing instruction: host address of the second page, else 0 */
+    u16 mode;       /* cpu->mode it was decoded for */
+    u16 n;          /* instructions, without the closing x_end */
+    u16 len;        /* bytes */
+    u16 repeats;    /* the last one is a REP: it may come back unfinished */
     struct block *link[2];
-    struct block *next;   /* hash chain */
-    struct block *page_next; /* blocks of the same host page, for invalidation */
+    struct block *next;       /* hash chain */
+    struct block *page_next;  /* blocks of the same host page, for invalidation */
     struct block *page2_next; /* blocks that reach into the same second page */
-    const u8 *bytes;      /* copy of what was decoded */
+    const u8 *bytes;          /* copy of what was decoded */
     struct insn insn[];
 };
 
@@ -132,16 +132,16 @@ struct block {
 #define MODE_CODE32 0x1
 #define MODE_CODE64 0x2
 #define MODE_CODE 0x3
-#define MODE_SS32 0x4    /* 32-bit stack pointer (SS.B); 64-bit mode ignores it */
-#define MODE_FLAT 0x8    /* CS, DS, ES, SS have base 0, 4 GiB limit and are usable, writable */
-#define MODE_STEP 0x10   /* block of one instruction: side effects in order, stop after it */
-#define MODE_PE 0x20     /* protected mode and not virtual-8086 */
-#define MODE_CPL3 0x40   /* CPL is not 0: privileged instructions are #GP(0) */
+#define MODE_SS32 0x4  /* 32-bit stack pointer (SS.B); 64-bit mode ignores it */
+#define MODE_FLAT 0x8  /* CS, DS, ES, SS have base 0, 4 GiB limit and are usable, writable */
+#define MODE_STEP 0x10 /* block of one instruction: side effects in order, stop after it */
+#define MODE_PE 0x20   /* protected mode and not virtual-8086 */
+#define MODE_CPL3 0x40 /* CPL is not 0: privileged instructions are #GP(0) */
 #define MODE_LMA 0x80
-#define MODE_SSE 0x100   /* no reason in CR0, CR4 not to execute legacy SSE */
-#define MODE_AVX 0x200   /* nor in CR0, CR4, XCR0 for VEX */
-#define MODE_XM 0x400    /* MXCSR leaves an exception unmasked */
-#define MODE_FPU 0x800   /* no reason in CR0 (EM, TS) not to execute x87 and MMX */
+#define MODE_SSE 0x100 /* no reason in CR0, CR4 not to execute legacy SSE */
+#define MODE_AVX 0x200 /* nor in CR0, CR4, XCR0 for VEX */
+#define MODE_XM 0x400  /* MXCSR leaves an exception unmasked */
+#define MODE_FPU 0x800 /* no reason in CR0 (EM, TS) not to execute x87 and MMX */
 
 /* ---- instruction table ---------------------------------------------------------------- */
 
@@ -155,82 +155,108 @@ struct body {
 
 enum form {
     F_NONE,
-    F_E_G,   /* ModRM r/m, reg */
-    F_G_E,   /* reg, r/m */
-    F_A_I,   /* accumulator, immediate of operand size (max. 32 bits) */
-    F_E_I,   /* r/m, immediate */
-    F_E_I8,  /* r/m, sign-extended 8-bit immediate */
-    F_G_E_I, F_G_E_I8, /* IMUL */
-    F_E,     /* r/m */
-    F_E_1, F_E_CL, /* shifts */
-    F_E_G_I8, F_E_G_CL, /* SHLD, SHRD */
-    F_Z,     /* register in the opcode */
-    F_Z_I,   /* register in the opcode, full immediate (64 bits with REX.W) */
-    F_A_Z,   /* XCHG accumulator, register */
-    F_I, F_I8, F_I16, F_I16_I8,
-    F_J8, F_JV,
-    F_M,     /* memory only, register form #UD */
+    F_E_G,  /* ModRM r/m, reg */
+    F_G_E,  /* reg, r/m */
+    F_A_I,  /* accumulator, immediate of operand size (max. 32 bits) */
+    F_E_I,  /* r/m, immediate */
+    F_E_I8, /* r/m, sign-extended 8-bit immediate */
+    F_G_E_I,
+    F_G_E_I8, /* IMUL */
+    F_E,      /* r/m */
+    F_E_1,
+    F_E_CL, /* shifts */
+    F_E_G_I8,
+    F_E_G_CL, /* SHLD, SHRD */
+    F_Z,      /* register in the opcode */
+    F_Z_I,    /* register in the opcode, full immediate (64 bits with REX.W) */
+    F_A_Z,    /* XCHG accumulator, register */
+    F_I,
+    F_I8,
+    F_I16,
+    F_I16_I8,
+    F_J8,
+    F_JV,
+    F_M, /* memory only, register form #UD */
     F_G_M,
-    F_R,     /* register form only, memory #UD */
-    F_A_O, F_O_A, /* moffs */
-    F_A_I8PORT, F_A_DX,
-    F_FAR,   /* ptr16:16/32: imm = offset, vvvv unused, disp = selector */
-    F_E_S, F_S_E, /* segment register in reg */
-    F_C,     /* MOV CR/DR: reg and rm registers */
-    F_STR,   /* string */
+    F_R, /* register form only, memory #UD */
+    F_A_O,
+    F_O_A, /* moffs */
+    F_A_I8PORT,
+    F_A_DX,
+    F_FAR, /* ptr16:16/32: imm = offset, vvvv unused, disp = selector */
+    F_E_S,
+    F_S_E, /* segment register in reg */
+    F_C,   /* MOV CR/DR: reg and rm registers */
+    F_STR, /* string */
     F_XLAT,
     F_MODRM, /* ModRM present; the handler looks at insn.modrm, dst, src, I_MEM itself */
     F_MODRM_I8,
-    F_S,     /* segment register in the opcode */
-    F_G_V_E, F_G_E_V, F_V_E, /* VEX: vvvv is a GPR */
+    F_S, /* segment register in the opcode */
+    F_G_V_E,
+    F_G_E_V,
+    F_V_E, /* VEX: vvvv is a GPR */
     /* Vector rows (O_SSE). V: register of reg, H: of vvvv (legacy: the destination), W: r/m, X: W
      * that is a GPR or memory, G: reg that is a GPR; the first is the destination. */
-    F_V_W, F_V_W_I8, F_V_H_W, F_V_H_W_I8, F_W_V, F_W_H_V, F_W_V_I8,
-    F_H_W_I8,                    /* shifts */
-    F_V_X, F_V_H_X, F_V_H_X_I8, F_X_V, F_X_V_I8,
-    F_G_W, F_G_W_I8,
-    F_V_W_DI,                    /* registers, and memory at DS:rDI */
-    F_X87,   /* ModRM; imm = the 11 bits of the x87 opcode, as FOP holds them */
+    F_V_W,
+    F_V_W_I8,
+    F_V_H_W,
+    F_V_H_W_I8,
+    F_W_V,
+    F_W_H_V,
+    F_W_V_I8,
+    F_H_W_I8, /* shifts */
+    F_V_X,
+    F_V_H_X,
+    F_V_H_X_I8,
+    F_X_V,
+    F_X_V_I8,
+    F_G_W,
+    F_G_W_I8,
+    F_V_W_DI, /* registers, and memory at DS:rDI */
+    F_X87,    /* ModRM; imm = the 11 bits of the x87 opcode, as FOP holds them */
     /* ModRM: the handler takes MMX registers from insn.modrm, others from dst and src */
-    F_MMX, F_MMX_I8,
+    F_MMX,
+    F_MMX_I8,
     F_MMX_DI, /* registers, and memory at DS:rDI */
     F_MAX
 };
 
 /* op.flags */
-#define O_BYTE 0x0001    /* 8-bit operands */
-#define O_D64 0x0002     /* 64-bit operand size by default in 64-bit mode (66 gives 16) */
-#define O_F64 0x0004     /* always 64-bit in 64-bit mode */
-#define O_I64 0x0008     /* #UD in 64-bit mode */
-#define O_O64 0x0010     /* #UD outside 64-bit mode */
-#define O_LOCK 0x0020    /* LOCK allowed with a memory destination */
-#define O_END 0x0040     /* ends the block */
-#define O_PROT 0x0080    /* #UD in real and virtual-8086 mode */
-#define O_CPL0 0x0100    /* #GP(0) unless CPL 0 (checked by the decoder's wrapper) */
-#define O_GROUP 0x0200   /* sub: table of 8 by ModRM.reg */
-#define O_MOD3 0x0400    /* sub: [0] memory forms, [1] register forms */
-#define O_PREFIX 0x0800  /* sub: [0] none, [1] 66, [2] F3, [3] F2 */
-#define O_RM 0x1000      /* sub: table of 8 by ModRM.rm (with mod 3) */
-#define O_REXW 0x2000    /* sub: [0] W=0, [1] W=1 */
-#define O_DST8 0x4000    /* MOVZX and the like: source is 8 bits */
+#define O_BYTE 0x0001   /* 8-bit operands */
+#define O_D64 0x0002    /* 64-bit operand size by default in 64-bit mode (66 gives 16) */
+#define O_F64 0x0004    /* always 64-bit in 64-bit mode */
+#define O_I64 0x0008    /* #UD in 64-bit mode */
+#define O_O64 0x0010    /* #UD outside 64-bit mode */
+#define O_LOCK 0x0020   /* LOCK allowed with a memory destination */
+#define O_END 0x0040    /* ends the block */
+#define O_PROT 0x0080   /* #UD in real and virtual-8086 mode */
+#define O_CPL0 0x0100   /* #GP(0) unless CPL 0 (checked by the decoder's wrapper) */
+#define O_GROUP 0x0200  /* sub: table of 8 by ModRM.reg */
+#define O_MOD3 0x0400   /* sub: [0] memory forms, [1] register forms */
+#define O_PREFIX 0x0800 /* sub: [0] none, [1] 66, [2] F3, [3] F2 */
+#define O_RM 0x1000     /* sub: table of 8 by ModRM.rm (with mod 3) */
+#define O_REXW 0x2000   /* sub: [0] W=0, [1] W=1 */
+#define O_DST8 0x4000   /* MOVZX and the like: source is 8 bits */
 #define O_SRC16 0x8000
-#define O_VEX 0x10000    /* VEX encoding only */
+#define O_VEX 0x10000 /* VEX encoding only */
 #define O_NOVEX 0x20000
-#define O_SSE 0x40000    /* XMM state: #NM, #UD checks by CR0.TS, CR0.EM, CR4.OSFXSR */
-#define O_CODE 0x80000   /* sub: [0] 16/32-bit code, [1] 64-bit code */
-#define O_ENC 0x100000   /* sub: [0] legacy encoding, [1] VEX */
-#define O_REXB 0x200000  /* sub: [0] B=0, [1] B=1 */
-#define O_VVVV 0x400000  /* uses VEX.vvvv though its form does not say so (other rows: must be 1111) */
-#define O_L256 0x800000  /* VEX.L may be 1 */
-#define O_LIG O_L256     /* scalar: VEX.L is ignored */
-#define O_VSIB 0x1000000 /* the index of the SIB byte is a vector register number */
-#define O_S32 0x2000000  /* operands of 32 bits, 64 with W, whatever mode and 66 say */
-#define O_NO64 0x4000000 /* REX.W does not make them 64 bits (port I/O) */
-#define O_GFULL 0x8000000 /* O_BYTE, but reg is a whole register (CRC32) */
+#define O_SSE 0x40000   /* XMM state: #NM, #UD checks by CR0.TS, CR0.EM, CR4.OSFXSR */
+#define O_CODE 0x80000  /* sub: [0] 16/32-bit code, [1] 64-bit code */
+#define O_ENC 0x100000  /* sub: [0] legacy encoding, [1] VEX */
+#define O_REXB 0x200000 /* sub: [0] B=0, [1] B=1 */
+#define O_VVVV                                                                                     \
+    0x400000 /* uses VEX.vvvv though its form does not say so (other rows: must be 1111) */
+#define O_L256 0x800000    /* VEX.L may be 1 */
+#define O_LIG O_L256       /* scalar: VEX.L is ignored */
+#define O_VSIB 0x1000000   /* the index of the SIB byte is a vector register number */
+#define O_S32 0x2000000    /* operands of 32 bits, 64 with W, whatever mode and 66 say */
+#define O_NO64 0x4000000   /* REX.W does not make them 64 bits (port I/O) */
+#define O_GFULL 0x8000000  /* O_BYTE, but reg is a whole register (CRC32) */
 #define O_ELSE0 0x10000000 /* without its feature: row [0] of the O_PREFIX table */
-#define O_TFLATE 0x20000000 /* single-step trap only if TF is still set afterwards (INT n, SYSCALL) */
+#define O_TFLATE                                                                                   \
+    0x20000000 /* single-step trap only if TF is still set afterwards (INT n, SYSCALL) */
 #define O_FLOAT 0x40000000 /* vector row that looks at MXCSR */
-#define O_AVX2 0x80000000 /* vector row: VEX.256 needs AVX2, not just AVX */
+#define O_AVX2 0x80000000  /* vector row: VEX.256 needs AVX2, not just AVX */
 
 struct op {
     const char *name;
@@ -239,7 +265,7 @@ struct op {
     const struct op *sub;    /* with O_GROUP, O_MOD3, O_PREFIX ... */
     u32 flags;
     u16 form;
-    u16 feature;             /* FEAT(word, bit) that must be in ctl.cpuid, 0 = always there */
+    u16 feature; /* FEAT(word, bit) that must be in ctl.cpuid, 0 = always there */
 };
 
 #define FEAT(word, bit) (u16)(0x8000 | (word) << 5 | (bit))
@@ -252,8 +278,8 @@ struct op {
 #define TLB_EMPTY 1ull /* no page address has bit 0 set */
 
 struct tlbe {
-    u64 tag;       /* linear page address, or TLB_EMPTY */
-    u64 addend;    /* host address = linear address + addend */
+    u64 tag;    /* linear page address, or TLB_EMPTY */
+    u64 addend; /* host address = linear address + addend */
 };
 
 /* One per privilege the page tables distinguish. An entry is filled only when the access
@@ -283,10 +309,10 @@ enum stop_reason {
 struct exception {
     u8 vector;
     bool has_error;
-    u8 type;        /* CPU_EVENT_* type >> 8: HARD_EXC, SOFT_INT, ... */
+    u8 type; /* CPU_EVENT_* type >> 8: HARD_EXC, SOFT_INT, ... */
     u32 error;
-    u64 cr2;        /* #PF: loaded into CR2 at delivery */
-    u64 dr6;        /* #DB: bits merged into DR6 at delivery */
+    u64 cr2; /* #PF: loaded into CR2 at delivery */
+    u64 dr6; /* #DB: bits merged into DR6 at delivery */
 };
 
 struct codepage; /* block.c */
@@ -298,52 +324,52 @@ struct cpu {
     struct vmcs vmcs;
 
     /* hot */
-    u64 cc_res, cc_aux;       /* lazy status flags, see below */
-    struct tlb *tlb;          /* current context */
-    u64 seg_base[8];          /* [0..5] bases, [SEG_ZERO] = 0 */
-    u64 ip_mask;              /* 64-bit mode ~0, else 0xffffffff: only 16-bit branches truncate */
-    u64 sp_mask;              /* 0xffff, 0xffffffff, ~0 */
+    u64 cc_res, cc_aux; /* lazy status flags, see below */
+    struct tlb *tlb;    /* current context */
+    u64 seg_base[8];    /* [0..5] bases, [SEG_ZERO] = 0 */
+    u64 ip_mask;        /* 64-bit mode ~0, else 0xffffffff: only 16-bit branches truncate */
+    u64 sp_mask;        /* 0xffff, 0xffffffff, ~0 */
     u32 mode;
     u32 cpl;
-    s64 budget;               /* instructions until the loop looks around */
-    _Atomic u32 request;      /* CPU_REQ_* and R_* */
+    s64 budget;          /* instructions until the loop looks around */
+    _Atomic u32 request; /* CPU_REQ_* and R_* */
     _Atomic u32 in_guest;
-    struct block *block;      /* being executed */
-    u64 epoch;                /* see struct block */
+    struct block *block; /* being executed */
+    u64 epoch;           /* see struct block */
 
     /* why the last handler stopped */
     u32 stop;
-    const struct insn *insn;  /* the instruction that stopped */
+    const struct insn *insn; /* the instruction that stopped */
     struct exception exc;
-    bool step;                /* executing a MODE_STEP block: MMIO and code writes allowed */
-    bool delivering;          /* event delivery in progress: linear addresses are 64 bits in long mode */
+    bool step;       /* executing a MODE_STEP block: MMIO and code writes allowed */
+    bool delivering; /* event delivery in progress: linear addresses are 64 bits in long mode */
     struct cpu_event vectoring; /* the event being delivered */
 
     /* replay of the answers in ctl.mmio[] */
-    u32 mmio_pos;             /* reads of this execution answered so far */
-    u32 posted;               /* MMIO writes in exit.mmio[] waiting for the instruction to retire */
+    u32 mmio_pos; /* reads of this execution answered so far */
+    u32 posted;   /* MMIO writes in exit.mmio[] waiting for the instruction to retire */
 
-    u64 rmw_buf[8];           /* rmw_begin() on anything but plain RAM in one page */
+    u64 rmw_buf[8]; /* rmw_begin() on anything but plain RAM in one page */
     u64 rmw_la;
     u32 rmw_size;
 
-    struct tlb *ctx;          /* NR_CTX contexts */
-    struct tlb_state *ts;     /* tlb.c: second level, fill log, large pages, breakpoints */
-    struct walk_cache *wc;    /* walk.c */
-    struct block_cache *bc;   /* block.c */
-    u64 preempt_at;           /* host TSC */
-    u64 insns_at_entry;       /* retired so far = insns_at_entry - budget */
-    u64 check_at;             /* host TSC of the next look at signals */
-    u32 attention;            /* enter.c: every boundary is to be looked at (windows, breakpoints) */
-    bool mtf;                 /* EXIT_MTF is due */
-    bool repeating;           /* the stepped instruction is a REP that is not through */
-    u32 shadow;               /* CPU_BLOCK_* and RFLAGS.RF that end with the instruction being */
-    u64 rf;                   /* stepped, put back when it stops uncommitted */
-    u32 looks;                /* around, so far */
-    u64 insn_end;             /* stats.insns at which ctl.insn_budget is used up */
+    struct tlb *ctx;        /* NR_CTX contexts */
+    struct tlb_state *ts;   /* tlb.c: second level, fill log, large pages, breakpoints */
+    struct walk_cache *wc;  /* walk.c */
+    struct block_cache *bc; /* block.c */
+    u64 preempt_at;         /* host TSC */
+    u64 insns_at_entry;     /* retired so far = insns_at_entry - budget */
+    u64 check_at;           /* host TSC of the next look at signals */
+    u32 attention;          /* enter.c: every boundary is to be looked at (windows, breakpoints) */
+    bool mtf;               /* EXIT_MTF is due */
+    bool repeating;         /* the stepped instruction is a REP that is not through */
+    u32 shadow;             /* CPU_BLOCK_* and RFLAGS.RF that end with the instruction being */
+    u64 rf;                 /* stepped, put back when it stops uncommitted */
+    u32 looks;              /* around, so far */
+    u64 insn_end;           /* stats.insns at which ctl.insn_budget is used up */
     bool check_signals;
     u64 signal_mask;
-    u32 cpuid[CPU_NR_CPUID];  /* ctl.cpuid as of the last cpu_state_changed() */
+    u32 cpuid[CPU_NR_CPUID]; /* ctl.cpuid as of the last cpu_state_changed() */
 
     /* DR6 bits of data breakpoints that an instruction hit in step mode (elsewhere such an
      * access is STOP_STEP): 0 at the start of every attempt, into guest.pending_dbg at retire. */
@@ -351,13 +377,13 @@ struct cpu {
 
     sigjmp_buf guard; /* host.c: where a SIGSEGV on guest memory comes back to */
 
-    u8 fpu_where;             /* fpu.h: where the x87 and MMX state is */
-    u16 host_fcw;             /* x87 control word of the module */
+    u8 fpu_where; /* fpu.h: where the x87 and MMX state is */
+    u16 host_fcw; /* x87 control word of the module */
 
     /* vector.c. While in guest mode MXCSR of the host thread is the guest's, all masked: nothing
      * else in the core may use SSE floating point. */
-    u32 host_mxcsr;           /* of the module */
-    u32 fault_mxcsr;          /* at the SIGSEGV that came back to guard */
+    u32 host_mxcsr;               /* of the module */
+    u32 fault_mxcsr;              /* at the SIGSEGV that came back to guard */
     _Alignas(32) u8 vscratch[32]; /* memory operand that the fast path could not take */
 };
 
@@ -407,7 +433,10 @@ static inline void reg_write(struct cpu *cpu, unsigned off, unsigned size, u64 v
 #define CTL(cpu) ((cpu)->vmcs.ctl)
 #define EXIT(cpu) ((cpu)->vmcs.exit)
 
-static inline bool is_code64(const struct cpu *cpu) { return (cpu->mode & MODE_CODE) == MODE_CODE64; }
+static inline bool is_code64(const struct cpu *cpu)
+{
+    return (cpu->mode & MODE_CODE) == MODE_CODE64;
+}
 static inline bool is_pe(const struct cpu *cpu) { return cpu->vmcs.guest.cr0 & X86_CR0_PE; }
 static inline bool is_lma(const struct cpu *cpu) { return cpu->vmcs.guest.efer & EFER_LMA; }
 static inline bool is_vm86(const struct cpu *cpu) { return cpu->vmcs.guest.rflags & X86_EFLAGS_VM; }
@@ -461,7 +490,10 @@ void mxcsr_recover(struct cpu *cpu);
 static inline bool get_cf(const struct cpu *cpu) { return cpu->cc_aux >> 63; }
 static inline bool get_of(const struct cpu *cpu) { return (cpu->cc_aux ^ cpu->cc_aux << 1) >> 63; }
 static inline bool get_zf(const struct cpu *cpu) { return cpu->cc_res == 0; }
-static inline bool get_sf(const struct cpu *cpu) { return (cpu->cc_res >> 63 ^ cpu->cc_aux >> 16) & 1; }
+static inline bool get_sf(const struct cpu *cpu)
+{
+    return (cpu->cc_res >> 63 ^ cpu->cc_aux >> 16) & 1;
+}
 static inline bool get_af(const struct cpu *cpu) { return cpu->cc_aux >> 3 & 1; }
 static inline bool get_pf(const struct cpu *cpu)
 {
@@ -473,8 +505,8 @@ static inline bool get_pf(const struct cpu *cpu)
 
 static inline u64 get_status(const struct cpu *cpu)
 {
-    return (u64)get_cf(cpu) | (u64)get_pf(cpu) << 2 | (u64)get_af(cpu) << 4 | (u64)get_zf(cpu) << 6 |
-           (u64)get_sf(cpu) << 7 | (u64)get_of(cpu) << 11;
+    return (u64)get_cf(cpu) | (u64)get_pf(cpu) << 2 | (u64)get_af(cpu) << 4 |
+           (u64)get_zf(cpu) << 6 | (u64)get_sf(cpu) << 7 | (u64)get_of(cpu) << 11;
 }
 
 static inline void set_status(struct cpu *cpu, u64 f)
@@ -482,7 +514,7 @@ static inline void set_status(struct cpu *cpu, u64 f)
     u64 cf = f & 1, of = f >> 11 & 1;
     cpu->cc_res = f & X86_EFLAGS_ZF ? 0 : 0x100;
     cpu->cc_aux = cf << 63 | (cf ^ of) << 62 | (f >> 4 & 1) << 3 | (f >> 7 & 1) << 16 |
-                  (u64)!(f & X86_EFLAGS_PF) << 8;
+                  (u64) !(f & X86_EFLAGS_PF) << 8;
 }
 
 /* Whole RFLAGS, and its setter (no permission logic). */
@@ -585,19 +617,47 @@ static inline int stop(struct cpu *cpu, const struct insn *i)
  * read well. Out of line, in event.c. */
 bool raise_exception(struct cpu *cpu, unsigned vector, bool has_error, u32 error);
 static inline bool raise_ud(struct cpu *cpu) { return raise_exception(cpu, UD_VECTOR, false, 0); }
-static inline bool raise_gp(struct cpu *cpu, u32 e) { return raise_exception(cpu, GP_VECTOR, true, e); }
-static inline bool raise_ss(struct cpu *cpu, u32 e) { return raise_exception(cpu, SS_VECTOR, true, e); }
-static inline bool raise_np(struct cpu *cpu, u32 e) { return raise_exception(cpu, NP_VECTOR, true, e); }
-static inline bool raise_ts(struct cpu *cpu, u32 e) { return raise_exception(cpu, TS_VECTOR, true, e); }
+static inline bool raise_gp(struct cpu *cpu, u32 e)
+{
+    return raise_exception(cpu, GP_VECTOR, true, e);
+}
+static inline bool raise_ss(struct cpu *cpu, u32 e)
+{
+    return raise_exception(cpu, SS_VECTOR, true, e);
+}
+static inline bool raise_np(struct cpu *cpu, u32 e)
+{
+    return raise_exception(cpu, NP_VECTOR, true, e);
+}
+static inline bool raise_ts(struct cpu *cpu, u32 e)
+{
+    return raise_exception(cpu, TS_VECTOR, true, e);
+}
 static inline bool raise_nm(struct cpu *cpu) { return raise_exception(cpu, NM_VECTOR, false, 0); }
 static inline bool raise_de(struct cpu *cpu) { return raise_exception(cpu, DE_VECTOR, false, 0); }
 bool raise_pf(struct cpu *cpu, u64 la, u32 error); /* CR2 is written at delivery */
 bool raise_db(struct cpu *cpu, u64 dr6);           /* fault-like #DB */
 
-static inline int fault_ud(struct cpu *cpu, const struct insn *i) { raise_ud(cpu); return stop(cpu, i); }
-static inline int fault_gp(struct cpu *cpu, const struct insn *i, u32 e) { raise_gp(cpu, e); return stop(cpu, i); }
-static inline int fault_de(struct cpu *cpu, const struct insn *i) { raise_de(cpu); return stop(cpu, i); }
-static inline int fault_nm(struct cpu *cpu, const struct insn *i) { raise_nm(cpu); return stop(cpu, i); }
+static inline int fault_ud(struct cpu *cpu, const struct insn *i)
+{
+    raise_ud(cpu);
+    return stop(cpu, i);
+}
+static inline int fault_gp(struct cpu *cpu, const struct insn *i, u32 e)
+{
+    raise_gp(cpu, e);
+    return stop(cpu, i);
+}
+static inline int fault_de(struct cpu *cpu, const struct insn *i)
+{
+    raise_de(cpu);
+    return stop(cpu, i);
+}
+static inline int fault_nm(struct cpu *cpu, const struct insn *i)
+{
+    raise_nm(cpu);
+    return stop(cpu, i);
+}
 
 /* VM exit with the instruction not done: `return vmexit(cpu, i, EXIT_CPUID);` (enter.c) */
 int vmexit(struct cpu *cpu, const struct insn *i, u32 reason);
@@ -612,9 +672,9 @@ bool raise_exit(struct cpu *cpu, u32 reason);
 #define ACC_READ 0
 #define ACC_WRITE 1
 #define ACC_FETCH 2
-#define ACC_STACK 0x10    /* non-canonical is #SS(0) */
-#define ACC_SYSTEM 0x20   /* implicit supervisor access: descriptor tables, TSS */
-#define ACC_BYTES 0x40    /* any alignment will do */
+#define ACC_STACK 0x10  /* non-canonical is #SS(0) */
+#define ACC_SYSTEM 0x20 /* implicit supervisor access: descriptor tables, TSS */
+#define ACC_BYTES 0x40  /* any alignment will do */
 
 /* Slow paths (tlb.c): TLB miss, page crossing, MMIO, code pages. They set cpu->stop on false. */
 bool mem_read(struct cpu *cpu, u64 la, void *p, unsigned size, unsigned access);
@@ -691,7 +751,8 @@ static inline bool st_size(struct cpu *cpu, u64 la, unsigned size, u64 v, unsign
 
 static inline u64 ea_sum(const struct cpu *cpu, const struct insn *i)
 {
-    return cpu->vmcs.guest.gpr[i->base] + (cpu->vmcs.guest.gpr[i->index] << i->scale) + (u64)i->disp;
+    return cpu->vmcs.guest.gpr[i->base] + (cpu->vmcs.guest.gpr[i->index] << i->scale) +
+           (u64)i->disp;
 }
 /* Offset in the segment, address size applied (LEA). */
 static inline u64 ea_offset(const struct cpu *cpu, const struct insn *i)
@@ -704,7 +765,8 @@ static inline u64 ea_offset(const struct cpu *cpu, const struct insn *i)
 bool seg_linear(struct cpu *cpu, unsigned seg, u64 offset, unsigned size, unsigned access, u64 *la);
 
 /* Linear address of the ModRM memory operand. */
-static inline bool ea_linear(struct cpu *cpu, const struct insn *i, unsigned size, unsigned access, u64 *la)
+static inline bool ea_linear(struct cpu *cpu, const struct insn *i, unsigned size, unsigned access,
+                             u64 *la)
 {
     u64 a = ea_sum(cpu, i);
     switch (i->ea) {
@@ -715,10 +777,14 @@ static inline bool ea_linear(struct cpu *cpu, const struct insn *i, unsigned siz
     }
 }
 /* #SS or #GP for non-canonical addresses of this operand */
-static inline unsigned ea_access(const struct insn *i) { return i->flags & I_STACK ? ACC_STACK : 0; }
+static inline unsigned ea_access(const struct insn *i)
+{
+    return i->flags & I_STACK ? ACC_STACK : 0;
+}
 
 /* Whole operand at once, for handlers that are not specialised. */
-static inline bool rm_read(struct cpu *cpu, const struct insn *i, unsigned reg_off, unsigned size, u64 *v)
+static inline bool rm_read(struct cpu *cpu, const struct insn *i, unsigned reg_off, unsigned size,
+                           u64 *v)
 {
     u64 la;
     if (!(i->flags & I_MEM)) {
@@ -727,7 +793,8 @@ static inline bool rm_read(struct cpu *cpu, const struct insn *i, unsigned reg_o
     }
     return ea_linear(cpu, i, size, ACC_READ, &la) && ld_size(cpu, la, size, v, ea_access(i));
 }
-static inline bool rm_write(struct cpu *cpu, const struct insn *i, unsigned reg_off, unsigned size, u64 v)
+static inline bool rm_write(struct cpu *cpu, const struct insn *i, unsigned reg_off, unsigned size,
+                            u64 v)
 {
     u64 la;
     if (!(i->flags & I_MEM)) {
@@ -780,7 +847,7 @@ static inline bool pop_at(struct cpu *cpu, u64 *rsp, unsigned size, u64 *v)
 void update_mode(struct cpu *cpu); /* cpl, mode, ip_mask, sp_mask, seg_base, tlb from guest state */
 /* Must be called by every handler that changed CS, SS, DS, ES, CR0, CR4, EFER, RFLAGS.VM,
  * CPL or RFLAGS.AC; such a handler sets rip and returns LOOKUP (or stops done). */
-void serialize(struct cpu *cpu);   /* foreign stores to code become visible: epoch++ */
+void serialize(struct cpu *cpu); /* foreign stores to code become visible: epoch++ */
 
 /* block.c */
 struct block *block_find(struct cpu *cpu, bool step); /* block of rip, or NULL: cpu->stop set */
@@ -802,10 +869,10 @@ int x_gp0(struct cpu *cpu, const struct insn *i); /* #GP(0) */
 /* tlb.c */
 bool tlb_init(struct cpu *cpu);
 void tlb_free(struct cpu *cpu);
-void tlb_flush(struct cpu *cpu);              /* everything, also what is known of SPTEs */
-void tlb_flush_guest(struct cpu *cpu);        /* all linear translations: CR0, CR4, EFER, PKRU changed */
-void tlb_flush_nonglobal(struct cpu *cpu);    /* CR3 loaded; may flush more */
-void tlb_invlpg(struct cpu *cpu, u64 la);     /* whatever page size maps la */
+void tlb_flush(struct cpu *cpu);       /* everything, also what is known of SPTEs */
+void tlb_flush_guest(struct cpu *cpu); /* all linear translations: CR0, CR4, EFER, PKRU changed */
+void tlb_flush_nonglobal(struct cpu *cpu);                  /* CR3 loaded; may flush more */
+void tlb_invlpg(struct cpu *cpu, u64 la);                   /* whatever page size maps la */
 void tlb_protect_code(struct cpu *cpu, uintptr_t hva_page); /* drop w entries of that host page */
 /* Before an entry: flushes when the module changed what translations are made from, without
  * saying so (root, paging bits, MAXPHYADDR ...), and looks at DR7 (see below). */
@@ -833,13 +900,13 @@ static inline enum tlb_ctx tlb_context(const struct cpu *cpu, bool system)
 
 /* walk.c: guest page tables x SPTEs */
 struct translation {
-    u64 gpa;         /* not known in shadow mode, except for MMIO */
-    uintptr_t hva;   /* 0: no memory there */
-    u64 page_size;   /* of the guest's mapping, for INVLPG */
-    bool readable;   /* reads need no further walk */
-    bool writable;   /* nor do writes: W in both tables, D set in both */
+    u64 gpa;       /* not known in shadow mode, except for MMIO */
+    uintptr_t hva; /* 0: no memory there */
+    u64 page_size; /* of the guest's mapping, for INVLPG */
+    bool readable; /* reads need no further walk */
+    bool writable; /* nor do writes: W in both tables, D set in both */
     bool global;
-    bool mmio;       /* with hva: emulate_gfn, reads go to memory and writes do not */
+    bool mmio; /* with hva: emulate_gfn, reads go to memory and writes do not */
 };
 /* access: ACC_*; user: CPL 3 rights. false: #PF raised, or exit recorded. */
 bool walk_linear(struct cpu *cpu, u64 la, unsigned access, bool user, struct translation *t);
@@ -864,8 +931,15 @@ int x_into(struct cpu *cpu, const struct insn *i);
 int x_int1(struct cpu *cpu, const struct insn *i);
 
 /* segment.c */
-struct desc { u64 raw, raw_hi; u64 base; u32 limit; u32 ar; u64 la; };
-bool desc_read(struct cpu *cpu, u16 sel, struct desc *d, bool *in_table); /* GDT/LDT; false: fault */
+struct desc {
+    u64 raw, raw_hi;
+    u64 base;
+    u32 limit;
+    u32 ar;
+    u64 la;
+};
+bool desc_read(struct cpu *cpu, u16 sel, struct desc *d,
+               bool *in_table); /* GDT/LDT; false: fault */
 /* Loads a data or stack segment register with all checks; committed only on success. */
 bool load_segment(struct cpu *cpu, unsigned seg, u16 sel);
 void set_segment_real(struct cpu *cpu, unsigned seg, u16 sel); /* real mode and virtual-8086 */
@@ -879,7 +953,8 @@ u64 guest_tsc(struct cpu *cpu);
 
 /* x87.c: in guest mode the x87 state may live in the host's FPU. */
 void fpu_enter(struct cpu *cpu);
-void fpu_leave(struct cpu *cpu); /* back to guest.fpu: before anything outside x87.c, mmx.c looks at it */
+void fpu_leave(
+    struct cpu *cpu); /* back to guest.fpu: before anything outside x87.c, mmx.c looks at it */
 /* After a signal whose handler is not returned from; fxsave: the image in its frame. */
 void fpu_rescue(struct cpu *cpu, const void *fxsave);
 /* xsave.c: XINUSE, the state components that are not in their initial configuration */

@@ -7,6 +7,7 @@
  * the legacy encoding; VEX also needs AVX, and AVX2 for 256 bits of integers (I rows), or what
  * vector_handler() says.  Names are those of the legacy encoding, VEX ones have a v before them.
  */
+/* clang-format off */
 #ifndef OPVEC_MAP
 
 #include "opfpu.h"

@@ -557,7 +557,8 @@ static bool shadow_supervisor_denied(const struct cpu *cpu, unsigned access)
 static bool shadow_mmio(struct cpu *cpu, u64 la, unsigned access, bool user, u64 spte,
                         struct translation *t)
 {
-    bool denied = (user && !(spte & SPTE_MMIO_U)) || (access & ACC_WRITE && !(spte & SPTE_MMIO_W)) ||
+    bool denied = (user && !(spte & SPTE_MMIO_U)) ||
+                  (access & ACC_WRITE && !(spte & SPTE_MMIO_W)) ||
                   (!user && spte & SPTE_MMIO_U && shadow_supervisor_denied(cpu, access));
 
     t->gpa = (spte & SPTE_PFN) | (la & ~PAGE_MASK);

@@ -185,7 +185,8 @@ void fpu_leave(struct cpu *cpu)
 {
     fpu_save(cpu);
     cpu->fpu_where = FPU_MEMORY; /* the module may change anything */
-    if (host_fcw() != cpu->host_fcw) /* after FNSAVE, or a signal handler that was not returned from */
+    if (host_fcw() !=
+        cpu->host_fcw) /* after FNSAVE, or a signal handler that was not returned from */
         set_host_fcw(cpu->host_fcw);
 }
 

@@ -231,7 +231,10 @@ _KVM_FEATURES = (
     1 << uapi.KVM_FEATURE_CLOCKSOURCE
     | 1 << uapi.KVM_FEATURE_NOP_IO_DELAY
     | 1 << uapi.KVM_FEATURE_CLOCKSOURCE2
+    | 1 << uapi.KVM_FEATURE_STEAL_TIME
+    | 1 << uapi.KVM_FEATURE_PV_TLB_FLUSH
     | 1 << uapi.KVM_FEATURE_POLL_CONTROL
+    | 1 << uapi.KVM_FEATURE_PV_SCHED_YIELD
     | 1 << uapi.KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
 )
 
@@ -430,7 +433,8 @@ class GuestCpuid:
         low, _, _, high = self.registers(0xD)
         self.supported_xcr0 = (low | high << 32) & offered_xcr0
         kvm = next((e.function for e in entries if _is_kvm_signature(e)), uapi.KVM_CPUID_SIGNATURE)
-        self.pv_features = self.registers(kvm + 1)[EAX]
+        self.pv_leaf = kvm + 1
+        self.pv_features = self.registers(self.pv_leaf)[EAX]
 
     def _maxphyaddr(self) -> int:
         if self.registers(0x8000_0000)[EAX] < 0x8000_0008 or not self.find(0x8000_0008):
@@ -511,6 +515,9 @@ def runtime(vcpu: Vcpu, entry: Entry) -> Entry:
             mwait = vcpu.msrs.get(uapi.MSR_IA32_MISC_ENABLE) & uapi.MSR_IA32_MISC_ENABLE_MWAIT
             ecx = _with_bit(ecx, uapi.CPUID_1_ECX_MONITOR, on=bool(mwait))
         edx = _with_bit(edx, uapi.CPUID_1_EDX_APIC, on=bool(vcpu.apic_base & uapi.MSR_IA32_APICBASE_ENABLE))
+    elif function == vcpu.cpuid.pv_leaf and vcpu.vm.hlt_in_guest:
+        # Nobody would see the vCPU halt, and nobody need kick it.
+        eax = _with_bit(eax, uapi.KVM_FEATURE_PV_UNHALT, on=False)
     elif function == 7 and index == 0:
         ecx = _with_bit(ecx, uapi.CPUID_7_ECX_OSPKE, on=bool(guest.cr4 & uapi.X86_CR4_PKE))
     elif function == 0xD and index == 0 and eax:

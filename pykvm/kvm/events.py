@@ -469,9 +469,7 @@ def _check_vcpu_events(vcpu: Vcpu, new: CData) -> None:
     else:
         exception.pending = 0
         new.exception_has_payload = 0
-    if (exception.injected or exception.pending) and (
-        exception.nr > 31 or exception.nr == uapi.NMI_VECTOR
-    ):
+    if (exception.injected or exception.pending) and (exception.nr > 31 or exception.nr == uapi.NMI_VECTOR):
         raise KvmError(EINVAL, f"{exception.nr} is no exception")
     smi = new.smi
     in_smm = flags & uapi.KVM_VCPUEVENT_VALID_SMM and (smi.smm or smi.pending)

@@ -57,6 +57,8 @@ _NOP = b"\x90"
 _VALID = lib.CPU_EVENT_VALID
 _EXIT_NONE = lib.EXIT_NONE
 _EXIT_IO = lib.EXIT_IO
+# After so many exits that KVM_RUN handled alone it looks for a signal.
+ENTRIES_UNSEEN = 256
 
 
 def _unexpected(vcpu: Vcpu) -> Outcome:
@@ -136,14 +138,17 @@ def rip_moved(vcpu: Vcpu) -> bool:
 
 def complete_instruction(vcpu: Vcpu) -> Outcome:
     """Finish the instruction at rip with the answers in ctl; it may exit again for another one."""
-    cpu = vcpu.cpu
+    cpu, entries = vcpu.cpu, 0
     while True:
         reason = cpu.complete()
         # KVM's emulator leaves REP INS after each batch: the next one is asked for by the guest again.
         if reason == _EXIT_NONE or (reason == _EXIT_IO and getattr(cpu.exit.io, "in")):
             return RESUME
+        entries += 1
         try:
             outcome = HANDLERS[reason](vcpu)
+            if not entries % ENTRIES_UNSEEN:
+                vcpu.check_signal()
         except KvmError:
             # The client may mend its memory: the answers in ctl are still good then.
             vcpu.complete_userspace_io = _complete_later
@@ -271,13 +276,6 @@ def handle_kick(vcpu: Vcpu) -> Outcome:
 def _stop_for_signal(vcpu: Vcpu) -> Outcome:
     vcpu.check_signal()
     return RESUME
-
-
-@on_exit(lib.EXIT_HLT)
-def handle_hlt(vcpu: Vcpu) -> Outcome:
-    """Without a local APIC in the kernel a halted vCPU is the client's affair; rip is past the HLT."""
-    vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_HLT
-    return USERSPACE
 
 
 @on_exit(lib.EXIT_TRIPLE_FAULT)

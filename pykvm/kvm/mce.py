@@ -204,5 +204,3 @@ def set_mce(vcpu: Vcpu, mce: CData) -> int:
     if uncorrected:
         vcpu.events.queue_exception(vcpu, uapi.MC_VECTOR)
     return 0
-
-

@@ -60,4 +60,3 @@ def set_signal_mask(vcpu: Vcpu, user: UserMemory, addr: int) -> int:
     sigset = int.from_bytes(user.read(addr + _SIGSET_OFFSET, SIGSET_BYTES), "little")
     vcpu.sigset = sigset & ~_UNBLOCKABLE
     return 0
-

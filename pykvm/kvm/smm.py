@@ -95,9 +95,7 @@ def _save_64(vcpu: Vcpu) -> bytes:
     guest, image = vcpu.cpu.guest, bytearray(_SMRAM_BYTES)
     for number, at in _SEGMENTS_64.items():
         segment = guest.seg[number]
-        _SEGMENT_64.pack_into(
-            image, at, segment.selector, segment.ar & _AR_BITS, segment.limit, segment.base
-        )
+        _SEGMENT_64.pack_into(image, at, segment.selector, segment.ar & _AR_BITS, segment.limit, segment.base)
     for table, at in ((guest.gdtr, _GDTR_64), (guest.idtr, _IDTR_64)):
         _SEGMENT_64.pack_into(image, at, 0, 0, table.limit, table.base)
     for name, value in _words(vcpu).items():
@@ -219,9 +217,7 @@ def handle_rsm(vcpu: Vcpu) -> Outcome:
 def _leave(vcpu: Vcpu, image: bytes) -> bool:
     long_mode = vcpu.cpuid.has("LM")
     offsets, form = (_WORDS_64, "<Q") if long_mode else (_WORDS_32, "<I")
-    words: dict[str, int] = {
-        name: struct.unpack_from(form, image, at)[0] for name, at in offsets.items()
-    }
+    words: dict[str, int] = {name: struct.unpack_from(form, image, at)[0] for name, at in offsets.items()}
     efer = struct.unpack_from("<Q", image, _EFER_64)[0] if long_mode else vcpu.cpu.guest.efer
     if not _is_valid(vcpu, words, efer):
         return False

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pykvm.abi import ffi, uapi
+from pykvm.abi import Gpa, ffi, lib, uapi
 from pykvm.kvm.caps import capability
 
 if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
+    from pykvm.kvm.vm import Vm
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 _INTERVAL_NS = 1_000_000
@@ -46,7 +47,9 @@ capability("KVM_CAP_STEAL_TIME", lambda _of: _sched_info_on())
 
 @dataclass(slots=True)
 class StealTime:
-    """`gpa`: of struct kvm_steal_time, None when it is off.  `last`: run_delay when it was last told, of
+    """What the vCPU's guest is told of stolen time.
+
+    `gpa`: of struct kvm_steal_time, None when it is off.  `last`: run_delay when it was last told, of
     thread `thread`.  `told_at`: when that was.  `preempted`: the guest was told that we do not run.
     """
 
@@ -75,15 +78,17 @@ def record(vcpu: Vcpu) -> None:
     if gpa is None or (not steal.preempted and now - steal.told_at < _INTERVAL_NS):
         return
     raw = vm.read_guest(gpa, _SIZE)
-    if raw is None or not vm.write_guest(gpa + _PREEMPTED, b"\0"):
+    if raw is None:
         return
-    _take_flush(vcpu, raw[_PREEMPTED])
-    steal.preempted, steal.told_at = False, now
     (told,) = struct.unpack_from("<Q", raw, _STEAL)
     (version,) = struct.unpack_from("<I", raw, _VERSION)
     # Odd at the first time is garbage.
     version += (version & 1) + 1
-    vm.write_guest(gpa + _VERSION, struct.pack("<I", version & _MASK32))
+    if not vm.write_guest(gpa + _VERSION, struct.pack("<I", version & _MASK32)):
+        return
+    if _take_preempted(vm, Gpa(gpa)) & uapi.KVM_VCPU_FLUSH_TLB:
+        _flush(vcpu)
+    steal.preempted, steal.told_at = False, now
     vm.write_guest(gpa + _STEAL, struct.pack("<Q", told + _stolen(steal) & _MASK64))
     vm.write_guest(gpa + _VERSION, struct.pack("<I", version + 1 & _MASK32))
 
@@ -96,9 +101,21 @@ def _stolen(steal: StealTime) -> int:
     return max(waited, 0)
 
 
-def _take_flush(vcpu: Vcpu, preempted: int) -> None:
+def _take_preempted(vm: Vm, gpa: Gpa) -> int:
+    """Clear `preempted` and return what it was; at once, for other vCPUs may be asking for a flush."""
+    slot = vm.memslots[0].gfn_to_memslot(gpa >> 12)
+    if slot is None:
+        return 0
+    word = ffi.cast("uint64_t *", slot.hva(gpa >> 12) + gpa % 0x1000 + _PREEMPTED)
+    while True:
+        old = word[0]
+        if lib.spte_cmpxchg(word, old, old & ~0xFF):
+            return int(old & 0xFF)
+
+
+def _flush(vcpu: Vcpu) -> None:
     """Do the flush that another vCPU asked for instead of interrupting one that did not run."""
-    if preempted & uapi.KVM_VCPU_FLUSH_TLB and vcpu.pv_has(uapi.KVM_FEATURE_PV_TLB_FLUSH):
+    if vcpu.pv_has(uapi.KVM_FEATURE_PV_TLB_FLUSH):
         vcpu.cpu.flush_tlb()
         vcpu.vm.mmu.reset_context(vcpu)
 

@@ -16,12 +16,21 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import NoArg, vcpu_ioctl
 from pykvm.cpu import Cpu
-from pykvm.kvm import clock, cpuid, msr_filter, quirks, regs, smm, steal_time
+from pykvm.kvm import clock, cpuid, halt, msr_filter, quirks, regs, smm, steal_time
 from pykvm.kvm.clock import VcpuClock
 from pykvm.kvm.cpuid import GuestCpuid
 from pykvm.kvm.debug import GuestDebug
 from pykvm.kvm.events import Events
-from pykvm.kvm.exits import EXIT_NAMES, HANDLERS, NO_GFN, RESUME, USERSPACE, Outcome, memory_fault
+from pykvm.kvm.exits import (
+    ENTRIES_UNSEEN,
+    EXIT_NAMES,
+    HANDLERS,
+    NO_GFN,
+    RESUME,
+    USERSPACE,
+    Outcome,
+    memory_fault,
+)
 from pykvm.kvm.msr import MsrState
 from pykvm.kvm.profile import absent_requests
 from pykvm.kvm.signals import signal_pending
@@ -78,6 +87,7 @@ class Vcpu:
         self.smbase = _RESET_SMBASE
         self.smm_inside_nmi = False
         self.latched_init = False
+        self.halted_in_guest = False
         self.mp_state: int = uapi.KVM_MP_STATE_RUNNABLE
         self.sipi_vector = 0
         self.complete_userspace_io: Callable[[Vcpu], Outcome] | None = None
@@ -264,6 +274,9 @@ def vcpu_run(vcpu: Vcpu) -> int:
     vcpu.has_run = True
     if vcpu.steal_time.gpa is not None:
         steal_time.record(vcpu)
+    if vcpu.halted_in_guest:
+        halt.wait(vcpu)
+    entries = 0
     while True:
         if vcpu.loaded_memslots is not vm.memslots:
             _load_mmu(vcpu)
@@ -280,6 +293,10 @@ def vcpu_run(vcpu: Vcpu) -> int:
             trace.kvm_exit(vcpu=vcpu.id, reason=EXIT_NAMES[reason], rip=cpu.guest.rip)
         if HANDLERS[reason](vcpu) is not RESUME:
             return 0
+        # The processor looks for signals itself, but not while each entry ends in delivering an event.
+        entries += 1
+        if not entries % ENTRIES_UNSEEN:
+            vcpu.check_signal()
 
 
 def _load_mmu(vcpu: Vcpu) -> None:

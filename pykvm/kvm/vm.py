@@ -7,7 +7,7 @@ import threading
 from errno import EBUSY, EEXIST, EINVAL
 from typing import TYPE_CHECKING
 
-from pykvm.abi import CData, Gpa, ffi
+from pykvm.abi import CData, Gpa, ffi, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import User, Value, vm_ioctl
 from pykvm.abi.uaccess import UserMemory, address_of
@@ -105,6 +105,8 @@ class Vm:
         self.guest_can_read_platform_info = True
         # Bits of KVM_X86_QUIRK_* that are off, and of hypercalls that exit.
         self.disabled_quirks = 0
+        # KVM_X86_DISABLE_EXITS_*.
+        self.disabled_exits = 0
         self.hypercall_exits = 0
         self.user_space_msr_mask = 0
         self.msr_filter: MsrFilter | None = None
@@ -121,6 +123,11 @@ class Vm:
     def absent_requests(self) -> frozenset[int]:
         """Requests on a VM that its kernel does not know."""
         return absent_requests(self.kernel, "vm")
+
+    @property
+    def hlt_in_guest(self) -> bool:
+        """Say if HLT does not exit."""
+        return bool(self.disabled_exits & uapi.KVM_X86_DISABLE_EXITS_HLT)
 
     # ---- how long it lives
 

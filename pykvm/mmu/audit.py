@@ -154,9 +154,7 @@ def _audit_shadow_counts(mmu: ShadowMmu, leaves: Counter[int]) -> Iterator[str]:
             yield f"{_name(page)}: not write-tracked"
         if not mmu.tables.is_shadowed(gfn, smm=smm) or not mmu.tables.disallows_lpage(gfn, 2, smm=smm):
             yield f"{_name(page)}: not counted among the shadowed frames"
-    loaded = Counter(
-        page for root in mmu.loaded_roots() for page in root.pages if page is not None
-    )
+    loaded = Counter(page for root in mmu.loaded_roots() for page in root.pages if page is not None)
     for page in mmu.pages:
         if page.root_count != loaded[page]:
             yield f"{_name(page)}: root_count {page.root_count}, loaded {loaded[page]} times"

@@ -51,8 +51,8 @@ class GuestTables:
         hva = self.gfn_to_hva(gpa >> 12)
         return None if hva is None else self.read_gpte(hva + (gpa & 0xFFF), size)
 
-    def set_gpte_bits(self, gpa: int, hva: int, size: int, entry: int, bits: int) -> bool:
-        """Set A or D atomically; False when the entry changed, so that the walk starts anew.
+    def set_gpte_bits(self, gpa: int, hva: int, size: int, entry: int, bits: int) -> int | None:
+        """Set A or D atomically; return the entry, None when it changed, so that the walk starts anew.
 
         The page is marked dirty, as after any write of the guest's.  In a READONLY slot nothing can
         be set and the walk goes on, as on hardware with the table in ROM.
@@ -62,15 +62,15 @@ class GuestTables:
         """
         slot = self.slots.gfn_to_memslot(gpa >> 12)
         if slot is None:
-            return False
+            return None
         if slot.readonly:
-            return True
+            return entry
         done = lib.gpte_cmpxchg(hva, entry, entry | bits, size)
         if done < 0:
             raise KvmError(EFAULT, f"guest page table at {gpa:#x} is not writable")
         if done:
             self._vm.mmu.mark_page_dirty(self._as_id, gpa >> 12)
-        return bool(done)
+        return entry | bits if done else None
 
     def gpte(self, page: MmuPage, index: int) -> int | None:
         """Return the guest's entry that entry `index` of a last-level shadow page stands for."""

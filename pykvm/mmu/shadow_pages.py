@@ -307,7 +307,7 @@ class ShadowPages:
             self._reload()
 
     def zap_oldest(self, count: int) -> int:
-        """kvm_mmu_zap_oldest_mmu_pages(): zap that many from the tail, but no loaded root; return how many."""
+        """Zap that many from the tail, but no loaded root; return how many (zap_oldest_mmu_pages)."""
         start = len(self.pages)
         for page in self.pages.oldest():
             if start - len(self.pages) >= count:

@@ -12,7 +12,7 @@ from pykvm.mmu import spte as sptes
 
 @dataclasses.dataclass(slots=True)
 class VmStat:
-    """What the MMU counts for a VM; `pages_*`, `mmu_unsync`, `nx_lpage_splits` go down, too; `max_*` are peaks."""
+    """What the MMU counts for a VM; pages_*, mmu_unsync, nx_lpage_splits go down, too; max_* are peaks."""
 
     remote_tlb_flush: int = 0
     remote_tlb_flush_requests: int = 0

@@ -43,8 +43,8 @@ class GuestMemory(Protocol):
         """Return the entry at a host address, None where the host has nothing."""
         ...
 
-    def set_gpte_bits(self, gpa: int, hva: int, size: int, entry: int, bits: int) -> bool:
-        """Set A or D; False when the entry is no longer `entry`, so that the walk starts anew."""
+    def set_gpte_bits(self, gpa: int, hva: int, size: int, entry: int, bits: int) -> int | None:
+        """Set A or D; return what is there now, None when it was `entry` no more: the walk starts anew."""
         ...
 
 
@@ -335,7 +335,8 @@ def _walk_once(
     found = Walk(level, form.frame(entry, level, gla), access, tables, entries, accesses, hvas, dirty=False)
     if mark and not _set_accessed_dirty(form, gla, want, found, memory):
         return None
-    found.dirty = entries[-1] & DIRTY != 0
+    # A write has set D, but not where the table is READONLY: then it is allowed all the same.
+    found.dirty = entries[-1] & DIRTY != 0 or (mark and want.write)
     return found
 
 
@@ -348,9 +349,12 @@ def _set_accessed_dirty(form: GpteFormat, gla: int, want: Access, found: Walk, m
             continue
         index = form.index(gla, found.level + last - i)
         gpa = (found.tables[i] << 12) + index * form.entry_bytes
-        if not memory.set_gpte_bits(gpa, found.hvas[i], form.entry_bytes, entry, bits):
+        now = memory.set_gpte_bits(gpa, found.hvas[i], form.entry_bytes, entry, bits)
+        if now is None:
             return False
-        entries[i] = entry | bits  # type: ignore[index]
+        if now == entry:  # in a READONLY slot
+            continue
+        entries[i] = now  # type: ignore[index]
         if trace.kvm_mmu_set_accessed_bit.enabled and not entry & ACCESSED:
             trace.kvm_mmu_set_accessed_bit(gpa=gpa)
         if trace.kvm_mmu_set_dirty_bit.enabled and bits & ~entry & DIRTY:

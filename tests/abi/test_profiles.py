@@ -1108,9 +1108,9 @@ def test_the_typed_layer_and_unchanged_programs() -> None:
         assert kvm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS) == 509
         assert kvm.supported_cpuid()[0].ebx == vendor_words("epyc")[0]
     with pykvm.installed(kernel="2.6.35"):
-        with pykvm.installed(cpu="k8"), open("/dev/kvm", "rb", buffering=0) as file:  # noqa: PTH123
+        with pykvm.installed(cpu="k8"), open("/dev/kvm", "rb", buffering=0) as file:
             assert pykvm.ioctl(file, uapi.KVM_CHECK_EXTENSION, uapi.KVM_CAP_NR_MEMSLOTS) == 32764
-        with open("/dev/kvm", "rb", buffering=0) as file:  # noqa: PTH123
+        with open("/dev/kvm", "rb", buffering=0) as file:
             assert pykvm.ioctl(file, uapi.KVM_CHECK_EXTENSION, uapi.KVM_CAP_NR_MEMSLOTS) == 32
 
 

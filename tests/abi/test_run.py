@@ -948,4 +948,3 @@ def test_osi_is_per_vcpu(osi: Machine) -> None:
     regs = new("kvm_regs")
     osi.ioctl(other, uapi.KVM_GET_REGS, regs)
     assert regs.rax == ENOSYS_32
-

@@ -363,9 +363,7 @@ class Client:
 @pytest.mark.spec("vcpu.save_order", "run.complete_then_signal", "run.multi_fragment", "run.order")
 @pytest.mark.parametrize("way", snapshot.CLIENTS, ids=lambda way: way.name)
 @pytest.mark.parametrize("seed", range(12))
-def test_a_guest_that_moves_does_not_notice(
-    new_machine: NewMachine, seed: int, way: snapshot.Client
-) -> None:
+def test_a_guest_that_moves_does_not_notice(new_machine: NewMachine, seed: int, way: snapshot.Client) -> None:
     stays, moves = Client(new_machine, seed, None), Client(new_machine, seed, way)
     emulated(stays.machine, "has no SSE, no OSI and no faithful traps")
     stays.run()

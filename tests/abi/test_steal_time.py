@@ -15,6 +15,7 @@ import pytest
 from pykvm import uapi
 from tests.abi.test_run import HLT, SPIN
 from tests.machine import Machine, cpuid_list
+from tests.snapshot import supported_cpuid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,6 +109,14 @@ def test_a_vcpu_that_a_signal_stopped_is_preempted(steal: Machine) -> None:
     assert told(steal)[1] > version
 
 
+@pytest.mark.spec("cpuid.f5")
+def test_the_guest_is_told(steal: Machine) -> None:
+    cpuid = supported_cpuid(steal)
+    leaf = next(cpuid.entries[at] for at in range(cpuid.nent) if cpuid.entries[at].function == 0x40000001)
+    both = 1 << uapi.KVM_FEATURE_STEAL_TIME | 1 << uapi.KVM_FEATURE_PV_TLB_FLUSH
+    assert leaf.eax & both == both
+
+
 @pytest.mark.spec("msr.steal")
 def test_values_that_are_refused(steal: Machine) -> None:
     for low in (2, 4, 8, 16, 32):
@@ -147,7 +156,6 @@ def test_cpuid_rules_only_if_it_is_enforced(machine: Machine, index: int, featur
     # What is listed can be saved and set to 0 all the same.
     assert machine.set_msr(index, 0)
     assert machine.get_msr(index) == 0
-
 
     cpuid = cpuid_list(2)
     cpuid.entries[0].function, cpuid.entries[0].eax = uapi.KVM_CPUID_SIGNATURE, uapi.KVM_CPUID_FEATURES

@@ -318,7 +318,7 @@ def test_installed_serves_unchanged_code() -> None:
         vm = fcntl.ioctl(kvm, uapi.KVM_CREATE_VM, 0)
         data = bytearray(ffi.buffer(ffi.new("struct kvm_enable_cap *", {"cap": uapi.KVM_CAP_HALT_POLL})))
         assert fcntl.ioctl(vm, uapi.KVM_ENABLE_CAP, data) == 0
-        with open("/dev/kvm", "r+b", buffering=0) as file:  # noqa: PTH123  that name is the point
+        with open("/dev/kvm", "r+b", buffering=0) as file:
             assert fcntl.ioctl(file, uapi.KVM_GET_API_VERSION) == 12
         with io.open("/dev/kvm", "rb") as file:  # noqa: UP020  this one too
             assert fcntl.ioctl(file, uapi.KVM_GET_API_VERSION, 0) == 12

@@ -150,7 +150,9 @@ def test_a_capability_that_is_refused(kind: str, cap: str, subject: Subject) -> 
         request = new("kvm_enable_cap")
         request.cap, request.flags, request.args[0] = capabilities()[cap], flags, first
         fd = subject.fds[kind]
-        errno = errno_of(lambda fd=fd, request=request: subject.machine.ioctl(fd, uapi.KVM_ENABLE_CAP, request))
+        errno = errno_of(
+            lambda fd=fd, request=request: subject.machine.ioctl(fd, uapi.KVM_ENABLE_CAP, request)
+        )
         assert errno in ((EINVAL,) if flags else (EINVAL, 0))
         after = subject.state()
         if errno:
@@ -159,7 +161,9 @@ def test_a_capability_that_is_refused(kind: str, cap: str, subject: Subject) -> 
 
 
 @pytest.mark.spec("run.cr8_in", "run.sync_regs")
-@pytest.mark.parametrize(("member", "value"), [("cr8", 16), ("kvm_valid_regs", 8), ("kvm_dirty_regs", 1 << 63)])
+@pytest.mark.parametrize(
+    ("member", "value"), [("cr8", 16), ("kvm_valid_regs", 8), ("kvm_dirty_regs", 1 << 63)]
+)
 def test_a_run_that_is_refused(subject: Subject, member: str, value: int) -> None:
     before = subject.state()
     setattr(subject.machine.run, member, value)

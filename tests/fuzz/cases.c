@@ -70,12 +70,30 @@ static uint32_t float32(uint64_t *s)
 static uint64_t float64(uint64_t *s)
 {
     static const uint64_t edges[] = {
-        0,                  1,                  0x000fffffffffffff, 0x0010000000000000,
-        0x1fffffffffffffff, 0x2000000000000000, 0x3690000000000000, 0x36a0000000000000,
-        0x3800000000000000, 0x380fffffffffffff, 0x3fe0000000000000, 0x3ff0000000000000,
-        0x3ff8000000000000, 0x4004000000000000, 0x41dfffffffc00000, 0x41e0000000000000,
-        0x43e0000000000000, 0x47efffffe0000000, 0x47efffffffffffff, 0x7fefffffffffffff,
-        0x7ff0000000000000, 0x7ff0000000000001, 0x7ff4000012345678, 0x7ff8000000000000,
+        0,
+        1,
+        0x000fffffffffffff,
+        0x0010000000000000,
+        0x1fffffffffffffff,
+        0x2000000000000000,
+        0x3690000000000000,
+        0x36a0000000000000,
+        0x3800000000000000,
+        0x380fffffffffffff,
+        0x3fe0000000000000,
+        0x3ff0000000000000,
+        0x3ff8000000000000,
+        0x4004000000000000,
+        0x41dfffffffc00000,
+        0x41e0000000000000,
+        0x43e0000000000000,
+        0x47efffffe0000000,
+        0x47efffffffffffff,
+        0x7fefffffffffffff,
+        0x7ff0000000000000,
+        0x7ff0000000000001,
+        0x7ff4000012345678,
+        0x7ff8000000000000,
     };
     uint64_t r = next_random(s);
     uint64_t v = edges[(r >> 8) % (sizeof(edges) / sizeof(*edges))] | (r >> 63 << 63);
@@ -109,10 +127,18 @@ static void vector(uint64_t *s, uint64_t *v, unsigned n)
 
     for (unsigned k = 0; k < n; k++) {
         switch (kind) {
-        case 0: case 1: v[k] = float32(s); v[k] |= (uint64_t)float32(s) << 32; break;
-        case 2: case 3: v[k] = float64(s); break;
+        case 0:
+        case 1:
+            v[k] = float32(s);
+            v[k] |= (uint64_t)float32(s) << 32;
+            break;
+        case 2:
+        case 3: v[k] = float64(s); break;
         case 4: v[k] = half4(s); break;
-        case 5: v[k] = next_random(s) & (0x8080808080808080 | next_random(s) % 256 * 0x0101010101010101); break;
+        case 5:
+            v[k] =
+                next_random(s) & (0x8080808080808080 | next_random(s) % 256 * 0x0101010101010101);
+            break;
         case 6: v[k] = operand(s); break;
         default: v[k] = next_random(s);
         }
@@ -149,9 +175,14 @@ static void random_vectors(uint64_t *s, uint8_t *xsave)
 static void float80(uint64_t *s, uint8_t *p)
 {
     static const uint16_t exponents[] = {
-        0x3fff,        0x3fff - 1022, 0x3fff - 1080, 0x3fff + 1023, 0x3fff - 126, 0x3fff - 150,
-        0x3fff + 127,  0x3fff - 63,   0x3fff + 62,   0x3fff + 31,   0x3fff + 15,  0x3fff - 70,
-        0x3fff - 1000, 1,             0x7ffe,        0x7000,
+        0x3fff,        0x3fff - 1022,
+        0x3fff - 1080, 0x3fff + 1023,
+        0x3fff - 126,  0x3fff - 150,
+        0x3fff + 127,  0x3fff - 63,
+        0x3fff + 62,   0x3fff + 31,
+        0x3fff + 15,   0x3fff - 70,
+        0x3fff - 1000, 1,
+        0x7ffe,        0x7000,
     };
     static const uint64_t edges[] = {
         1ull << 63, ~0ull, 3ull << 62, (1ull << 63) + 1, 0xffffff0000000000, 0xfffffffffffff800,
@@ -165,14 +196,29 @@ static void float80(uint64_t *s, uint8_t *p)
         significand = edges[(r >> 27) % (sizeof(edges) / sizeof(*edges))];
     exponent += r >> 40 & 3;
     switch (r & 15) {
-    case 0: exponent = 0; significand >>= 1 + (r >> 32 & 63); break;
+    case 0:
+        exponent = 0;
+        significand >>= 1 + (r >> 32 & 63);
+        break;
     case 1: exponent = 0; break;
-    case 2: exponent = 0; significand = 0; break;
+    case 2:
+        exponent = 0;
+        significand = 0;
+        break;
     case 3: significand >>= 1; break;
-    case 4: exponent = 0x7fff; significand = 1ull << 63; break;
+    case 4:
+        exponent = 0x7fff;
+        significand = 1ull << 63;
+        break;
     case 5: exponent = 0x7fff; break;
-    case 6: exponent = 0x7fff; significand &= ~(1ull << 62); break;
-    case 7: exponent = 0x7fff; significand >>= 1 + (r >> 32 & 63); break;
+    case 6:
+        exponent = 0x7fff;
+        significand &= ~(1ull << 62);
+        break;
+    case 7:
+        exponent = 0x7fff;
+        significand >>= 1 + (r >> 32 & 63);
+        break;
     case 8: exponent = r >> 48 & 0x7fff; break;
     case 9: exponent = 0x3fff + (r >> 48 & 7); break;
     }
@@ -189,9 +235,15 @@ static void fpu_data(uint64_t *s, uint64_t *v)
     v[0] = operand(s);
     v[1] = operand(s);
     switch (r & 7) {
-    case 0: case 1: float80(s, (uint8_t *)v); break;
-    case 2: case 3: v[0] = float64(s); v[1] = float64(s); break;
-    case 4: case 5:
+    case 0:
+    case 1: float80(s, (uint8_t *)v); break;
+    case 2:
+    case 3:
+        v[0] = float64(s);
+        v[1] = float64(s);
+        break;
+    case 4:
+    case 5:
         v[0] = float32(s) | (uint64_t)float32(s) << 32;
         v[1] = float32(s) | (uint64_t)float32(s) << 32;
         break;

@@ -42,7 +42,11 @@ ENCODINGS = {"sse", "vex128", "vex256"}
 ROW_FLAGS = {"8-bit", "lock", "cpl0"} | ENCODINGS
 
 # The integer instructions among rows of forms that others have, too.
-INTEGER_NAMES = {"M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr", *fpu.STATE}, "V,E": {"blsr", "blsmsk", "blsi"}, "ModRM": {"nop"}}
+INTEGER_NAMES = {
+    "M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr", *fpu.STATE},
+    "V,E": {"blsr", "blsmsk", "blsi"},
+    "ModRM": {"nop"},
+}
 # Not for a user program, or different at every execution, or about state that is not compared here.
 NOT_COMPARED = """
     syscall sysret sysenter sysexit int int3 int1 into iret cpuid rdtsc rdtscp rdpmc rdrand rdseed rdpid

@@ -109,7 +109,8 @@ def write_msr(number: int, name: str) -> str:
 def load_gprs(prefix: str, registers: tuple[str, ...], segment: str = "") -> str:
     names = [prefix + r[1:] for r in registers if r != "rsp"]
     return ";".join(
-        f"mov {n}, {segment}[{AT[r]}]" for n, r in zip(names, [r for r in registers if r != "rsp"], strict=True)
+        f"mov {n}, {segment}[{AT[r]}]"
+        for n, r in zip(names, [r for r in registers if r != "rsp"], strict=True)
     )
 
 
@@ -282,7 +283,7 @@ def _check_segment(m: Machine, name: str, real: bool) -> None:
     system = name in {"ldtr", "tr"}
     if system and real:
         return
-    if real or m.guest.rflags & lib.X86_EFLAGS_VM and not system:
+    if real or (m.guest.rflags & lib.X86_EFLAGS_VM and not system):
         _expect(f"{name} of real mode", s.base == s.selector << 4 and s.limit == 0xFFFF)
         return
     if s.ar & UNUSABLE:
@@ -349,9 +350,11 @@ class End:
     real: bool = False  # it began in real mode
 
 
-_REGISTER = re.compile(r"\b([ER][A-Z0-9]{2}|R[89]|R1[0-5]|CR[0-4]|DR[0-7]|EFL|RFL|EFER|HLT|II|CPL) ?=\s*([0-9a-f]+)")
-_SEGMENT = re.compile(r"^([ECSDFGLT][SDR]T?) ?=([0-9a-f]{4}) ([0-9a-f]+) ([0-9a-f]{8}) ([0-9a-f]{8})", re.M)
-_TABLE = re.compile(r"^([GI])DT= *([0-9a-f]+) ([0-9a-f]+)", re.M)
+_REGISTER = re.compile(
+    r"\b([ER][A-Z0-9]{2}|R[89]|R1[0-5]|CR[0-4]|DR[0-7]|EFL|RFL|EFER|HLT|II|CPL) ?=\s*([0-9a-f]+)"
+)
+_SEGMENT = re.compile(r"^([ECSDFGLT][SDR]T?) ?=([0-9a-f]{4}) ([0-9a-f]+) ([0-9a-f]{8}) ([0-9a-f]{8})", re.MULTILINE)
+_TABLE = re.compile(r"^([GI])DT= *([0-9a-f]+) ([0-9a-f]+)", re.MULTILINE)
 
 
 def parse_registers(text: str) -> dict[str, int]:
@@ -535,7 +538,9 @@ def differences(m: Machine, end: End, skip: tuple[int, int] = (0, 0)) -> list[st
 
 def _is_missing_rf(ours: bytes, theirs: bytes) -> bool:
     """TCG 7.2 pushes the RF of faults as it was: SDM vol. 3 17.3.1.1 has it set."""
-    return [a ^ b for a, b in zip(ours, theirs, strict=True) if a != b] == [1] and sum(ours) == sum(theirs) + 1
+    return [a ^ b for a, b in zip(ours, theirs, strict=True) if a != b] == [1] and sum(ours) == sum(
+        theirs
+    ) + 1
 
 
 def _compare_segment(m: Machine, name: str, end: End, compare: Any) -> None:

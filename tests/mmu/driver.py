@@ -248,7 +248,9 @@ class Driver:
 
     # ---- memory ----
 
-    def set_slot(self, number: int, gpa: int, pages: int, memory: Memory, flags: int = 0, offset: int = 0) -> None:
+    def set_slot(
+        self, number: int, gpa: int, pages: int, memory: Memory, flags: int = 0, offset: int = 0
+    ) -> None:
         """Create, move or re-flag a slot; no pages: delete it."""
         self.vm._set_region(number, flags, gpa, pages << 12, memory.hva + offset)
         if pages:
@@ -292,7 +294,9 @@ class Driver:
             self.poke(GDT + 8 * at, value, 8)
         gate = 16 if self.wide else 8
         for vector in range(0x81):
-            name, kind = {14: ("page_fault", 0x8E00), 0x80: ("from_user", 0xEE00)}.get(vector, ("other", 0x8E00))
+            name, kind = {14: ("page_fault", 0x8E00), 0x80: ("from_user", 0xEE00)}.get(
+                vector, ("other", 0x8E00)
+            )
             at = self.labels[name]
             self.poke(IDT + gate * vector, at & 0xFFFF | 8 << 16 | kind << 32 | (at >> 16) << 48, 8)
 

@@ -14,6 +14,7 @@ from tests.mmu.guest import (
     PS,
     PT,
     ROOT,
+    SIZE,
     TEST,
     A,
     D,
@@ -57,6 +58,23 @@ def test_accessed_and_dirty_are_set_by_the_walk(new_guest: NewGuest, width: int)
     assert guest.read(guest.pte(0)) & (A | D) == A | D
     assert guest.read(guest.pte(1)) & (A | D) == A | D
     assert guest.read(guest.pde()) & D == 0
+
+
+@WIDTHS
+@pytest.mark.spec("mmu.ad_bits", "vm.memslot_readonly")
+def test_tables_in_a_readonly_slot_work_and_keep_accessed_and_dirty_as_they_are(
+    new_guest: NewGuest, width: int
+) -> None:
+    guest = new_guest(width=width)
+    guest.map(0, FRAMES, P | W | U)
+    guest.write(guest.pde(), PT | P | W | U)
+    guest.vm.remove_memory(0)
+    for start, end, readonly in ((0, ROOT, False), (ROOT, PT + 0x1000, True), (PT + 0x1000, SIZE, False)):
+        guest.vm.add_memory(start, guest.ram[start:end], readonly=readonly)
+    source = f"mov rsi, {TEST}; mov eax, [rsi]; inc eax; mov [rsi], eax; mov eax, [rsi]; hlt"
+    assert guest.finish(source) == 1
+    assert guest.read(FRAMES, 4) == 1
+    assert guest.read(guest.pde()) & (A | D) == guest.read(guest.pte(0)) & (A | D) == 0
 
 
 @WIDTHS

@@ -12,12 +12,18 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pykvm.abi import uapi
 from tests.mmu import reference
@@ -42,11 +48,9 @@ from tests.mmu.driver import (
 )
 from tests.mmu.reference import FETCH, READ, WRITE, Access, Cpu, P, PageFault, Translated
 
-if TYPE_CHECKING:
-    from pykvm.client import Vcpu
-
 EXAMPLES = int(os.environ.get("MMU_EXAMPLES", "12"))
 STEPS = int(os.environ.get("MMU_STEPS", "35"))
+SHRINK = os.environ.get("MMU_SHRINK", "1") == "1"
 
 NX = 1 << 63
 NR_TABLES, NR_FRAMES = 4, 12
@@ -192,12 +196,16 @@ class MmuMachine(RuleBasedStateMachine):
         vcpu, access = self.driver.vcpus[n], Access(KINDS[kind], user=user)
         current = reference.translate(self.registers(n), self.reader(), la, access)
         gpas = self.possible(n, la, access, current)
-        if kind == "fetch" and any(self.memory_at(gpa) == "mmio" for gpa in gpas):
+        if not all(self.is_harmless(gpa, kind) for gpa in gpas):
             return
         before = self.snapshot()
         self.counter += 1
         value = self.counter << 8 | RET
-        reads = {gpa: self.driver.peek(gpa, 4) for gpa in gpas if self.memory_at(gpa) == "ram" and self.can(gpa, "read")}
+        reads = {
+            gpa: self.driver.peek(gpa, 4)
+            for gpa in gpas
+            if self.memory_at(gpa) == "ram" and self.can(gpa, "read")
+        }
         found = self.driver.do(vcpu, kind, user=user, rbx=la, rax=value, answer=0x5A5A5AC3)
         message = f"vcpu {n} {kind} {'user' if user else 'kernel'} {la:#x}: {found}, tables say {current}, gpas {[hex(g) for g in gpas]}"
         if found.kind == "fault":
@@ -211,11 +219,21 @@ class MmuMachine(RuleBasedStateMachine):
         self.remember()
 
     def check_done(
-        self, found: Outcome, kind: str, value: int, gpas: set[int], reads: dict[int, int], before: dict[int, int], message: str
+        self,
+        found: Outcome,
+        kind: str,
+        value: int,
+        gpas: set[int],
+        reads: dict[int, int],
+        before: dict[int, int],
+        message: str,
     ) -> None:
         writes = kind in {"write", "modify"}
         if found.kind == "efault":
-            assert any(self.memory_at(g) == "ram" and found.address == g & ~0xFFF and not self.can(g, kind) for g in gpas), message
+            assert any(
+                self.memory_at(g) == "ram" and found.address == g & ~0xFFF and not self.can(g, kind)
+                for g in gpas
+            ), message
             self.check_tables(before, gpas, message)
             return
         if found.kind == "mmio":
@@ -249,9 +267,18 @@ class MmuMachine(RuleBasedStateMachine):
             return
         for at, bits in current.updates.items():
             # Another translation that leads to the same page may have been used, without new bits.
-            if any(c.gpa(current.gpa) == current.gpa for m in self.models for s in m.cached.values() for c in s):
+            if any(
+                c.gpa(current.gpa) == current.gpa for m in self.models for s in m.cached.values() for c in s
+            ):
                 return
             assert self.driver.peek(at, self.size) & bits == bits, f"{message}: A or D not set at {at:#x}"
+
+    def is_harmless(self, gpa: int, kind: str) -> bool:
+        """Whether the guest survives the access: frames of tables, or of the guest itself, may be mapped, too."""
+        if kind == "fetch":
+            ram = self.memory_at(gpa) == "ram"
+            return ram and (not self.can(gpa, kind) or self.driver.peek(gpa, 1) == RET)
+        return gpa >= AREA or kind == "read"
 
     def can(self, gpa: int, kind: str) -> bool:
         """Whether the host lets the guest do this to a frame."""
@@ -277,18 +304,22 @@ class MmuMachine(RuleBasedStateMachine):
             new = self.driver.peek(at, self.size)
             if new == old or any(at <= gpa < at + 8 or gpa <= at < gpa + 4 for gpa in written):
                 continue
-            assert new & ~(A | D) == old & ~(A | D), f"{message}: entry at {at:#x} became {new:#x}, was {old:#x}"
+            assert new & ~(A | D) == old & ~(A | D), (
+                f"{message}: entry at {at:#x} became {new:#x}, was {old:#x}"
+            )
             assert new & old == old, f"{message}: entry at {at:#x} lost bits: {new:#x}, was {old:#x}"
             self.written(at, 1)
 
     def written(self, gpa: int, size: int) -> None:
-        if self.logging:
+        if self.logging and AREA <= gpa < AREA + AREA_PAGES * 0x1000:
             self.dirty |= {page - (AREA >> 12) for page in range(gpa >> 12, (gpa + size - 1 >> 12) + 1)}
 
     def entry(self, target: int, bits: int) -> int:
         return target | bits
 
-    pte_bits = st.sampled_from([0, P, P | W, P | U, P | W | U, P | W | U | A, P | W | U | A | D, P | U | A | D, P | A | D | W])
+    pte_bits = st.sampled_from(
+        [0, P, P | W, P | U, P | W | U, P | W | U | A, P | W | U | A | D, P | U | A | D, P | A | D | W]
+    )
 
     @rule(
         n=st.integers(0, 1),
@@ -365,7 +396,12 @@ class MmuMachine(RuleBasedStateMachine):
         now = self.driver.peek(at, size)
         assert now == value, f"{how} of {value:#x} at {at:#x} left {now:#x}"
 
-    @rule(n=st.integers(0, 1), table=st.integers(0, NR_TABLES - 1), at=st.sampled_from([3, 5, 6, 11]), size=st.sampled_from([1, 2, 4, 8, 16]))
+    @rule(
+        n=st.integers(0, 1),
+        table=st.integers(0, NR_TABLES - 1),
+        at=st.sampled_from([3, 5, 6, 11]),
+        size=st.sampled_from([1, 2, 4, 8, 16]),
+    )
     def write_across(self, n: int, table: int, at: int, size: int) -> None:
         """Write a table as no table is written: short, misaligned, too long; between the entries under test."""
         n %= len(self.models)
@@ -420,7 +456,9 @@ class MmuMachine(RuleBasedStateMachine):
         n %= len(self.models)
         if self.size == 4:
             return
-        value = self.driver.initial_efer & ~reference.EFER_NXE & ~reference.EFER_LMA | reference.EFER_NXE * nxe
+        value = (
+            self.driver.initial_efer & ~reference.EFER_NXE & ~reference.EFER_LMA | reference.EFER_NXE * nxe
+        )
         assert self.driver.do(self.driver.vcpus[n], "efer", rax=value).kind == "ok"
         self.models[n].flush()
         self.remember()
@@ -461,10 +499,15 @@ class MmuMachine(RuleBasedStateMachine):
     @rule()
     def read_dirty_log(self) -> None:
         found = self.driver.dirty_log(1, AREA_PAGES)
-        assert found == self.dirty, f"lost {sorted(self.dirty - found)}, invented {sorted(found - self.dirty)}"
+        assert found == self.dirty, (
+            f"lost {sorted(self.dirty - found)}, invented {sorted(found - self.dirty)}"
+        )
         self.dirty.clear()
 
-    @rule(frame=st.integers(0, NR_FRAMES - 1), what=st.sampled_from(["dontneed", "remap", "none", "read", "whole"]))
+    @rule(
+        frame=st.integers(0, NR_FRAMES - 1),
+        what=st.sampled_from(["dontneed", "remap", "none", "read", "whole"]),
+    )
     def change_host_memory(self, frame: int, what: str) -> None:
         gpa = FRAMES + frame * 0x1000
         at, memory = gpa - AREA, self.driver.area
@@ -500,7 +543,9 @@ class ShadowMachine(MmuMachine):
 
 
 @pytest.mark.parametrize("machine", [TdpMachine, ShadowMachine])
-@pytest.mark.spec("mmu.correctness", "mmu.tlb_model", "mmu.dirty_log", "mmu.dirty_no_false", "mmu.audit", "mmu.sync_cr3")
+@pytest.mark.spec(
+    "mmu.correctness", "mmu.tlb_model", "mmu.dirty_log", "mmu.dirty_no_false", "mmu.audit", "mmu.sync_cr3"
+)
 def test_interleavings(machine: type[MmuMachine]) -> None:
     run_state_machine_as_test(
         machine,
@@ -510,5 +555,6 @@ def test_interleavings(machine: type[MmuMachine]) -> None:
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
+            phases=[Phase.reuse, Phase.generate, *([Phase.shrink] if SHRINK else [])],
         ),
     )
