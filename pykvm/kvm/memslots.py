@@ -16,7 +16,6 @@ from pykvm.mmu.slots import PAGE_SHIFT, Change, Memslot, Memslots
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -219,17 +218,9 @@ def write_guest(vm: Vm, gpa: int, data: bytes, as_id: int = 0) -> bool:
             copy_to_user(slot.hva(at >> PAGE_SHIFT) + at % PAGE_SIZE, data[done : done + n])
         except KvmError:
             return False
-        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT, running_vcpu(vm))
+        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT)
         done += n
     return True
-
-
-def running_vcpu(vm: Vm) -> Vcpu | None:
-    """Return the vCPU whose ioctl this thread is in (kvm_get_running_vcpu); only dirty rings ask."""
-    if not vm.dirty_ring_size:
-        return None
-    # An RLock tells who owns it, but the type stubs do not.
-    return next((vcpu for vcpu in vm.vcpus.values() if vcpu.mutex._is_owned()), None)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def hva_ranges(vm: Vm) -> tuple[tuple[int, int], ...]:

@@ -40,7 +40,6 @@ from pykvm.mmu import MemoryFault, VcpuStat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pykvm.kvm.dirty_ring import DirtyRing
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.slots import Memslots
 
@@ -106,7 +105,6 @@ class Vcpu:
         self.pic_in_kernel: bool = False
         self.events = Events()
         self.stat = VcpuStat()
-        self.dirty_ring: DirtyRing | None = None
         # Where the host refused an access of the guest's, and how far the guest had come.
         self.last_host_fault: tuple[int, int] | None = None
         self.apic_base = self._reset_apic_base()

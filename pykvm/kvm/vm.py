@@ -98,7 +98,6 @@ class Vm:
         self.dirty_log_manual_protect = False
         self.dirty_log_initially_set = False
         # Bytes of each vCPU's dirty ring, 0: there are none.
-        self.dirty_ring_size = 0
         self.exception_payload_enabled = False
         self.triple_fault_event = False
         self.exit_on_emulation_error = False

@@ -283,7 +283,7 @@ class ShadowMmu(Mmu):
             return None
         if spte & sptes.PFN_MASK != slot.hva(found.gfn):
             return None
-        self.mark_page_dirty_in_slot(slot, found.gfn, vcpu)
+        slot.mark_page_dirty(found.gfn)
         fixed = bool(lib.spte_cmpxchg(page.spt + index, spte, spte | sptes.W))
         if trace.fast_page_fault.enabled:
             trace.fast_page_fault(vcpu=vcpu.id, addr=gla, old=spte, new=spte | sptes.W, fixed=fixed)
@@ -363,7 +363,7 @@ class ShadowMmu(Mmu):
             page, index, gfn, access, slot, host_writable=host_writable, writable=writable
         )
         if slot.logging and page.view[index] & sptes.W:
-            self.mark_page_dirty_in_slot(slot, found.gfn, vcpu)
+            slot.mark_page_dirty(found.gfn)
         if protected and want.write:
             return RetPf.WRITE_PROTECTED, flush
         if not changed:

@@ -299,7 +299,7 @@ class Client:
             assert errno == 0
             self.handle()
             if self.done:
-                return
+                return  # type: ignore[unreachable]  # handle() changes it
         saved = snapshot.save(old, way)
         self.machine = build(self.new_machine)
         copy_memory(old, self.machine)

@@ -24,11 +24,9 @@
 #define FUZZ_STEP 8      /* the core executes it in single-step mode */
 #define FUZZ_CODE32 16   /* 32-bit code in flat segments; neither this nor the next: 64-bit code */
 #define FUZZ_CODE16 32   /* 16-bit code: CS at FUZZ_CODE; DS, ES, SS at FUZZ_DATA */
-#define FUZZ_VECTOR                                                                                \
-    64               /* vector registers, MXCSR and data are of interest for vector instructions */
-#define FUZZ_FPU 128 /* x87 registers and data are of interest for x87 and MMX */
-#define FUZZ_PARTS                                                                                 \
-    256 /* accessed in parts, in any order: which of them faults first is not compared */
+#define FUZZ_VECTOR 64   /* vector registers, MXCSR and data are of interest for vector instructions */
+#define FUZZ_FPU 128     /* x87 registers and data are of interest for x87 and MMX */
+#define FUZZ_PARTS 256   /* accessed in parts, in any order: which of them faults first is not compared */
 
 /* Limits of 16-bit code.  ES expands down: what is above its limit is accessible. */
 #define FUZZ_CS_LIMIT 0x1fff
@@ -67,8 +65,7 @@ struct fuzz_template {
     uint64_t rip;
     uint64_t patch_at, patch; /* eight bytes of data with a value that matters; 0: none */
     uint64_t flags_mask;      /* rflags bits that are defined */
-    uint32_t
-        index_size; /* 4 or 8: vector register index_register holds small numbers of that size */
+    uint32_t index_size;      /* 4 or 8: vector register index_register holds small numbers of that size */
     uint32_t index_register;
     struct fuzz_range zeroed[FUZZ_RANGES];  /* before patch */
     struct fuzz_range ignored[FUZZ_RANGES]; /* not compared: processors are free to differ */

@@ -353,7 +353,9 @@ class End:
 _REGISTER = re.compile(
     r"\b([ER][A-Z0-9]{2}|R[89]|R1[0-5]|CR[0-4]|DR[0-7]|EFL|RFL|EFER|HLT|II|CPL) ?=\s*([0-9a-f]+)"
 )
-_SEGMENT = re.compile(r"^([ECSDFGLT][SDR]T?) ?=([0-9a-f]{4}) ([0-9a-f]+) ([0-9a-f]{8}) ([0-9a-f]{8})", re.MULTILINE)
+_SEGMENT = re.compile(
+    r"^([ECSDFGLT][SDR]T?) ?=([0-9a-f]{4}) ([0-9a-f]+) ([0-9a-f]{8}) ([0-9a-f]{8})", re.MULTILINE
+)
 _TABLE = re.compile(r"^([GI])DT= *([0-9a-f]+) ([0-9a-f]+)", re.MULTILINE)
 
 
@@ -536,7 +538,7 @@ def differences(m: Machine, end: End, skip: tuple[int, int] = (0, 0)) -> list[st
     return found
 
 
-def _is_missing_rf(ours: bytes, theirs: bytes) -> bool:
+def _is_missing_rf(ours: bytes | bytearray, theirs: bytes | bytearray) -> bool:
     """TCG 7.2 pushes the RF of faults as it was: SDM vol. 3 17.3.1.1 has it set."""
     return [a ^ b for a, b in zip(ours, theirs, strict=True) if a != b] == [1] and sum(ours) == sum(
         theirs
