@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -24,6 +25,18 @@ RUN_SIZE = 3 * mmap.PAGESIZE
 POISON = 0xDEAD
 
 
+_INT_MAX = 0x7FFF_FFFF
+
+
+def _wide_ioctl(fd: int, request: int, arg: int) -> int:
+    """Do an ioctl with a number that fcntl.ioctl has no room for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result: int = libc.ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(arg))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "ioctl")
+    return result
+
+
 class Backend:
     """Where the device is: "pykvm", or "real" for the kernel's."""
 
@@ -41,7 +54,7 @@ class Backend:
         if not self.real:
             result = pykvm.ioctl(fd, request, arg)
         elif isinstance(arg, int):
-            result = fcntl.ioctl(fd, request, arg)
+            result = fcntl.ioctl(fd, request, arg) if arg <= _INT_MAX else _wide_ioctl(fd, request, arg)
         else:
             result = fcntl.ioctl(fd, request, memoryview(ffi.buffer(arg)), True)
         assert isinstance(result, int)

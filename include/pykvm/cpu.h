@@ -392,7 +392,7 @@ int gpte_cmpxchg(uint64_t hva, uint64_t old_gpte, uint64_t new_gpte, int size);
 uint64_t host_tsc(void);
 
 /* The bits of ctl.cpuid[word] that this host lets the guest have: vector instructions are
- * executed by the host's own. */
+ * executed by the host's own, and clients look up the XSAVE area's layout in the host's CPUID. */
 uint32_t cpu_host_features(int word);
 
 /* Decoding without executing, for `pykvm insns`, tests and exit information.
@@ -401,5 +401,7 @@ int cpu_decode(const uint8_t *bytes, int nbytes, int bits, char *mnemonic, int m
 
 /* Row n of the instruction table for docs: NULL behind the last. "map opcode name forms" */
 const char *cpu_insn_row(int n);
+/* The CPUID bit that row n needs, as word << 5 | bit with the words of ctl.cpuid[]; -1: none. */
+int cpu_insn_feature(int n);
 
 #endif

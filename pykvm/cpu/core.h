@@ -360,6 +360,7 @@ struct cpu {
     u64 preempt_at;         /* host TSC */
     u64 insns_at_entry;     /* retired so far = insns_at_entry - budget */
     u64 check_at;           /* host TSC of the next look at signals */
+    u64 guard_at;           /* and of the next look at who takes SIGSEGV and SIGBUS */
     u32 attention;          /* enter.c: every boundary is to be looked at (windows, breakpoints) */
     bool mtf;               /* EXIT_MTF is due */
     bool repeating;         /* the stepped instruction is a REP that is not through */
@@ -681,6 +682,8 @@ bool mem_read(struct cpu *cpu, u64 la, void *p, unsigned size, unsigned access);
 bool mem_write(struct cpu *cpu, u64 la, const void *p, unsigned size, unsigned access);
 /* Checks that [la, la+size) could be written without doing it. */
 bool mem_probe_write(struct cpu *cpu, u64 la, unsigned size, unsigned access);
+/* #AC when alignment is checked; every access but ACC_BYTES has that already. */
+bool mem_check_alignment(struct cpu *cpu, u64 la, unsigned size);
 void *rmw_slow(struct cpu *cpu, u64 la, unsigned size, unsigned access);
 void rmw_flush(struct cpu *cpu);
 /* Host pointer for up to *len bytes at la (shortened to the page end) of plain RAM with the

@@ -159,8 +159,8 @@ int gpte_cmpxchg(u64 hva, u64 old_gpte, u64 new_gpte, int size)
 
 /* ---- SIGSEGV and SIGBUS ----------------------------------------------------------------------
  *
- * One handler for the process.  A client that installs its own after the last cpu_create()
- * takes the faults from us and has to chain; one that was there before gets what is not ours.
+ * One handler for the process.  A client's own gets what is not ours: one that was there before, and
+ * one that it installs later, which ours is put before from time to time.
  * The module must leave both signals unblocked: the kernel kills at a blocked synchronous one.
  */
 static const int guard_signals[] = {SIGSEGV, SIGBUS};
@@ -270,12 +270,25 @@ static const struct insn *find_insn(const struct cpu *cpu, const ucontext_t *uc)
     return i ? i : &b->insn[b->n - 1];
 }
 
+/* Frame of the chain() that is under way on this thread: the stack grows down. */
+THREAD uintptr_t chaining;
+
+/* A handler that came after ours gives back to us what we gave to it: faulthandler does, by raise(). */
+static bool comes_back(const siginfo_t *info, uintptr_t frame)
+{
+    return info->si_code <= 0 && chaining && frame < chaining;
+}
+
 static void chain(int index, int sig, siginfo_t *info, void *uc)
 {
     const struct sigaction *old = &previous[index];
-    if (old->sa_flags & SA_SIGINFO) {
+    uintptr_t frame = (uintptr_t)__builtin_frame_address(0), outer = chaining;
+    bool cycle = comes_back(info, frame);
+
+    chaining = frame;
+    if (!cycle && old->sa_flags & SA_SIGINFO) {
         old->sa_sigaction(sig, info, uc);
-    } else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN) {
+    } else if (cycle || old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN) {
         /* The instruction is executed again and the kernel does what it does without us. Not by
          * sigaction(): the preload library stands before that, and would put it behind us. */
         struct {
@@ -283,13 +296,14 @@ static void chain(int index, int sig, siginfo_t *info, void *uc)
             unsigned long flags;
             void *restorer;
             u64 mask;
-        } action = {.handler = old->sa_handler};
+        } action = {.handler = cycle ? SIG_DFL : old->sa_handler};
         syscall(SYS_rt_sigaction, sig, &action, NULL, sizeof(action.mask));
         if (info->si_code <= 0)
             raise(sig);
     } else {
         old->sa_handler(sig);
     }
+    chaining = outer;
 }
 
 static void on_memory_fault(int sig, siginfo_t *info, void *context)

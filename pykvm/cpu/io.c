@@ -128,13 +128,14 @@ static u32 ins_batch(const struct cpu *cpu, const struct insn *i, u64 la, u64 co
 int x_ins(struct cpu *cpu, const struct insn *i)
 {
     const u16 port = (u16)GPR(cpu, RDX);
-    if (!port_ready(cpu, port, i->opsize))
+    if (!io_allowed(cpu, port, i->opsize))
         return stop(cpu, i);
     for (;;) {
         u64 count = repeat_count(cpu, i), la;
         if (count == 0)
             break;
-        if (!destination_linear(cpu, i, ACC_WRITE, &la) ||
+        if (!check_breakpoints(cpu, port, i->opsize) ||
+            !destination_linear(cpu, i, ACC_WRITE, &la) ||
             !mem_probe_write(cpu, la, i->opsize, ACC_WRITE))
             return stop(cpu, i);
         if (!answer_there(cpu))
@@ -164,11 +165,12 @@ int x_outs(struct cpu *cpu, const struct insn *i)
 {
     const u16 port = (u16)GPR(cpu, RDX);
     u64 count = repeat_count(cpu, i), la, v;
-    if (!port_ready(cpu, port, i->opsize))
+    if (!io_allowed(cpu, port, i->opsize))
         return stop(cpu, i);
     if (count == 0)
         NEXT(cpu, i);
-    if (!source_linear(cpu, i, &la) || !ld_size(cpu, la, i->opsize, &v, ea_access(i)))
+    if (!check_breakpoints(cpu, port, i->opsize) || !source_linear(cpu, i, &la) ||
+        !ld_size(cpu, la, i->opsize, &v, ea_access(i)))
         return stop(cpu, i);
     string_advance(cpu, i, RSI, 1);
     repeat_done(cpu, i, 1);

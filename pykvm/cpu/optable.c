@@ -434,43 +434,61 @@ static void describe_encodings(const struct op *op, char *text, unsigned size)
     }
 }
 
-/* Writes row *n of the rows below op, or counts *n down by their number. */
-static bool find_row(const struct op *op, const char *where, u32 flags, unsigned form, int *n,
-                     char *row, unsigned size)
+/* Writes row *n of the rows below op, or counts *n down by their number; returns the row found. */
+static const struct op *find_row(const struct op *op, const char *where, u32 flags, unsigned form,
+                                 int *n, char *row, unsigned size)
 {
     flags |= op->flags;
     form = op->form ? op->form : form;
     if (!op->sub) {
         if (!op->name || (*n)-- != 0)
-            return false;
+            return NULL;
         snprintf(row, size, "%s%s %s%s%s%s%s%s", flags & O_VEX ? "vex " : "", where, op->name,
                  *form_text[form] ? " " : "", form_text[form], flags & O_BYTE ? " 8-bit" : "",
                  flags & O_LOCK ? " lock" : "", flags & O_CPL0 ? " cpl0" : "");
         describe_encodings(op, row, size);
-        return true;
+        return op;
     }
     for (unsigned k = 0; k < nr_rows(op); k++) {
         char below[64];
         snprintf(below, sizeof(below), "%s", where);
         describe(op, k, below, sizeof(below));
-        if (find_row(&op->sub[k], below, flags & ~(u32)O_SELECT, form, n, row, size))
-            return true;
+        const struct op *found =
+            find_row(&op->sub[k], below, flags & ~(u32)O_SELECT, form, n, row, size);
+        if (found)
+            return found;
     }
-    return false;
+    return NULL;
 }
 
-const char *cpu_insn_row(int n)
+static const struct op *row_of(int n, char *row, unsigned size)
 {
     static const char *const escape[NR_MAPS] = {"", "0f ", "0f38 ", "0f3a "};
-    static _Thread_local char row[128];
 
     for (unsigned map = 0; map < NR_MAPS; map++) {
         for (unsigned opcode = 0; opcode < 256; opcode++) {
             char where[16];
             snprintf(where, sizeof(where), "%s%02x", escape[map], opcode);
-            if (find_row(&opcode_map[map][opcode], where, 0, F_NONE, &n, row, sizeof(row)))
-                return row;
+            const struct op *op =
+                find_row(&opcode_map[map][opcode], where, 0, F_NONE, &n, row, size);
+            if (op)
+                return op;
         }
     }
     return NULL;
+}
+
+const char *cpu_insn_row(int n)
+{
+    static _Thread_local char row[128];
+
+    return row_of(n, row, sizeof(row)) ? row : NULL;
+}
+
+int cpu_insn_feature(int n)
+{
+    char row[128];
+    const struct op *op = row_of(n, row, sizeof(row));
+
+    return op && op->feature ? op->feature & 0x3ff : -1;
 }

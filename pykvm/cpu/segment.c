@@ -887,7 +887,8 @@ static int store_table(struct cpu *cpu, const struct insn *i, const struct cpu_t
         base &= 0xffffff;
     memcpy(m, &limit, 2);
     memcpy(m + 2, &base, 8);
-    if (!ea_linear(cpu, i, 2 + base_size, ACC_WRITE, &la) ||
+    if (!ea_linear(cpu, i, 2 + base_size, ACC_WRITE, &la) || !mem_check_alignment(cpu, la, 2) ||
+        !mem_check_alignment(cpu, la + 2, 4) ||
         !mem_write(cpu, la, m, 2 + base_size, ACC_WRITE | ACC_BYTES | ea_access(i)))
         return stop(cpu, i);
     NEXT(cpu, i);

@@ -489,13 +489,18 @@ static unsigned alignment(unsigned size)
     }
 }
 
+bool mem_check_alignment(struct cpu *cpu, u64 la, unsigned size)
+{
+    if (likely(cpu->tlb != &cpu->ctx[CTX_USER_AC]) || !(la & (alignment(size) - 1)))
+        return true;
+    return raise_exception(cpu, AC_VECTOR, true, 0);
+}
+
 /* #AC comes behind page faults: SDM vol. 3 table 6-2. */
 static bool check_alignment(struct cpu *cpu, u64 la, unsigned size, unsigned access)
 {
-    if (likely(cpu->tlb != &cpu->ctx[CTX_USER_AC]) || access & (ACC_SYSTEM | ACC_BYTES) ||
-        cpu->delivering || !(la & (alignment(size) - 1)))
-        return true;
-    return raise_exception(cpu, AC_VECTOR, true, 0);
+    return access & (ACC_SYSTEM | ACC_BYTES) || cpu->delivering ||
+           mem_check_alignment(cpu, la, size);
 }
 
 /* Translates all of an access: nothing is done before every page of it was found. Number of

@@ -326,7 +326,17 @@ static bool host_has_ymm(u32 ecx1)
     return (eax & XFEATURES_AVX) == XFEATURES_AVX;
 }
 
-/* Bits of what we execute by the host's instruction are the host's, all others are set. */
+/* QEMU takes the layout of the XSAVE area from the host's CPUID (kvm_cpu_xsave_init): PKRU elsewhere
+ * than where we store it, or at 0 because the host has none, is a guest's memory overwritten. */
+static bool host_has_pkru_where_we_do(void)
+{
+    u32 eax, ebx, ecx, edx;
+
+    return __get_cpuid_count(0xd, 9, &eax, &ebx, &ecx, &edx) && eax == 8 &&
+           ebx == XSAVE_PKRU_OFFSET;
+}
+
+/* Bits of what we execute by the host's instruction are the host's, all others but PKU are set. */
 static u32 host_word(int word)
 {
     u32 eax, ebx, ecx, edx, ecx1;
@@ -341,7 +351,8 @@ static u32 host_word(int word)
     if (word == CPU_CPUID_7_EBX)
         return (ymm ? ebx : ebx & ~AVX_7_EBX) | ~(AVX_7_EBX | SSE_7_EBX);
     if (word == CPU_CPUID_7_ECX)
-        return (ymm ? ecx : ecx & ~AVX_7_ECX) | ~(AVX_7_ECX | SSE_7_ECX);
+        return ((ymm ? ecx : ecx & ~AVX_7_ECX) | ~(AVX_7_ECX | SSE_7_ECX)) &
+               ~(host_has_pkru_where_we_do() ? 0 : BIT(CPUID_7_ECX_PKU));
     return ~0u;
 }
 

@@ -20,6 +20,9 @@
 
 #include "body.h"
 
+/* PKRU in the standard format of the XSAVE area; processors differ here. */
+#define XSAVE_PKRU_OFFSET 2688
+
 enum encoding { ENC_LEGACY, ENC_VEX128, ENC_VEX256 };
 
 /* ---- operands -------------------------------------------------------------------------------- */

@@ -30,7 +30,7 @@ static const struct component {
     u16 offset, size;
 } components[NR_COMPONENTS] = {
     [COMPONENT_AVX] = {576, 256},
-    [COMPONENT_PKRU] = {2688, 8},
+    [COMPONENT_PKRU] = {XSAVE_PKRU_OFFSET, 8},
 };
 
 /* The legacy region: what FXSAVE stores; SDM vol. 1 table 10-2. */

@@ -29,7 +29,6 @@ _NESTED = "the processor has no virtualization extensions of its own"
 _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "system": {
         _HYPERV: ("KVM_GET_SUPPORTED_HV_CPUID",),
-        "attributes of the system are those of XFD and SEV": ("KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR"),
     },
     "vm": {
         _IRQCHIP: (
@@ -53,7 +52,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         _MEMORY: ("KVM_SET_USER_MEMORY_REGION2", "KVM_SET_MEMORY_ATTRIBUTES", "KVM_CREATE_GUEST_MEMFD"),
         _COALESCED: ("KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"),
         "the dirty ring comes with a later issue": ("KVM_RESET_DIRTY_RINGS",),
-        "devices come with a later issue": ("KVM_CREATE_DEVICE",),
         _STATS: ("KVM_GET_STATS_FD",),
         _PMU: ("KVM_SET_PMU_EVENT_FILTER",),
         _HYPERV: ("KVM_HYPERV_EVENTFD",),

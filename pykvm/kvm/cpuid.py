@@ -138,6 +138,7 @@ FEATURES = (
     Feature("GFNI", "7_ECX", ("gf2p8mulb", "gf2p8affineqb", "gf2p8affineinvqb")),
     Feature("VAES", "7_ECX", ("aesenc", "aesdeclast")),
     Feature("VPCLMULQDQ", "7_ECX", ("pclmulqdq",)),
+    Feature("LA57", "7_ECX"),
     Feature("RDPID", "7_ECX", ("rdpid",), gated=True),
     Feature("FSRM", "7_EDX"),
     Feature("SERIALIZE", "7_EDX", ("serialize",)),
@@ -226,7 +227,7 @@ _CLFLUSH_LINES = 8 << 8
 _MAX_BASIC = 0xD
 _MAX_EXTENDED = 0x8000_0008
 PHYS_BITS = 46
-VIRT_BITS = 48
+VIRT_BITS = 57
 _KVM_FEATURES = (
     1 << uapi.KVM_FEATURE_CLOCKSOURCE
     | 1 << uapi.KVM_FEATURE_NOP_IO_DELAY

@@ -147,15 +147,15 @@ def complete_instruction(vcpu: Vcpu) -> Outcome:
         entries += 1
         try:
             outcome = HANDLERS[reason](vcpu)
+            # A page that had to be mapped first: the instruction is still to be done.
+            if outcome is USERSPACE or reason not in _RETRIED or vcpu.events.exception_pending:
+                return outcome
             if not entries % ENTRIES_UNSEEN:
                 vcpu.check_signal()
         except KvmError:
             # The client may mend its memory: the answers in ctl are still good then.
             vcpu.complete_userspace_io = _complete_later
             raise
-        # A page that had to be mapped first: the instruction is still to be done.
-        if outcome is USERSPACE or reason not in _RETRIED or vcpu.events.exception_pending:
-            return outcome
 
 
 def _complete_later(vcpu: Vcpu) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from errno import E2BIG, EINVAL
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import pytest
 
 from pykvm import uapi
 from pykvm.abi import ffi, lib, to_bytes
-from pykvm.kvm.cpuid import FEATURES, SUPPORTED_CPUID
+from pykvm.kvm.cpuid import FEATURES, SUPPORTED_CPUID, WORDS
 from tests.machine import Machine, cpuid_list, emulated, errno_of
 
 if TYPE_CHECKING:
@@ -329,6 +330,61 @@ def test_every_feature_is_in_the_processor() -> None:
     missing = {feature.name: set(feature.insns) - names for feature in FEATURES}
     assert {name: insns for name, insns in missing.items() if insns} == {}
     assert len({feature.name for feature in FEATURES}) == len(FEATURES)
+
+
+# Bits of a mode, a register or a promise: other tests have what they mean.
+WITHOUT_INSTRUCTIONS = {
+    *("PCID", "HYPERVISOR", "DE", "PSE", "PAE", "MCE", "APIC", "MTRR", "PGE", "MCA", "PAT", "PSE36", "ARAT"),
+    *("TSC_ADJUST", "SMEP", "ERMS", "UMIP", "LA57", "FSRM", "ARCH_CAPABILITIES", "NX", "GBPAGES", "LM"),
+    "CONSTANT_TSC",
+}
+# Instructions that are there without their bit: x87, hints; the rows say the bit of the narrow or older
+# form, and the handler asks for that of the wide one, or of XGETBV with ECX 1.
+WITHOUT_ROWS = {"FPU", "3DNOWPREFETCH", "VAES", "VPCLMULQDQ", "XGETBV1"}
+
+
+@pytest.mark.spec("sys.GET_SUPPORTED_CPUID")
+def test_cpuid_offers_exactly_what_the_processor_executes() -> None:
+    """Each list derives the other: bits of rows are offered, and offered bits have rows."""
+    offered = {
+        WORDS[feature.word].ctl << 5 | feature.bit: feature.name  # type: ignore[operator]
+        for feature in FEATURES
+        if WORDS[feature.word].ctl is not None
+    }
+    needed, number = set(), 0
+    while lib.cpu_insn_row(number):
+        needed.add(lib.cpu_insn_feature(number))
+        number += 1
+    needed.remove(-1)
+    assert lib.cpu_insn_feature(number) == -1
+    assert {(bit >> 5, bit & 31) for bit in needed - set(offered)} == set()
+    names = {feature.name for feature in FEATURES}
+    assert names >= WITHOUT_INSTRUCTIONS | WITHOUT_ROWS
+    assert names - {offered[bit] for bit in needed} == WITHOUT_INSTRUCTIONS | WITHOUT_ROWS
+    assert {feature.name for feature in FEATURES if not feature.insns} == WITHOUT_INSTRUCTIONS
+
+
+def host_cpuid(function: int, index: int) -> Registers:
+    """Return what CPUID gives us."""
+    # push rbx; mov r8, rdx; mov eax, edi; mov ecx, esi; cpuid; mov [r8], eax; ...; pop rbx; ret
+    code = bytes.fromhex("53 4989d0 89f8 89f1 0fa2 418900 41895804 41894808 4189500c 5b c3")
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    out = ffi.new("uint32_t[4]")
+    call = ffi.cast("void (*)(uint32_t, uint32_t, uint32_t *)", ffi.from_buffer(page))
+    call(function, index, out)
+    a, b, c, d = out
+    return a, b, c, d
+
+
+@pytest.mark.spec("sys.GET_SUPPORTED_CPUID")
+def test_xsave_components_are_where_the_host_has_them(machine: Machine) -> None:
+    """QEMU tells its guest the offsets of its own CPUID, with -cpu max: they must be ours."""
+    cpuid = supported(machine)
+    components = leaf_of(cpuid, 0xD) or (0, 0, 0, 0)
+    for n in range(2, 32):
+        if components[0] >> n & 1:
+            assert leaf_of(cpuid, 0xD, n) == host_cpuid(0xD, n)
 
 
 def test_names_of_the_brand() -> None:

@@ -12,8 +12,7 @@ import pytest
 from pykvm import uapi
 from pykvm.abi import new
 from tests.abi.test_events import handler
-from tests.abi.test_snapshot import build
-from tests.machine import CODE, Machine, cpuid_list, errno_of
+from tests.machine import CODE, Machine, cpuid_list, emulated, errno_of
 from tests.snapshot import supported_cpuid
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ def test_before_the_first_vcpu_only(machine: Machine) -> None:
 
 @pytest.mark.spec("cap.X86_DISABLE_EXITS", "exit.HLT")
 def test_a_halted_processor_waits_for_an_event(quiet: Machine) -> None:
+    emulated(quiet, "exits all the same: its emulator does HLT")
     handler(quiet, 2, b"\xe6\x02\xcf")
     quiet.start(b"\xf3\x90" + HLT + OUT_99)
     for _ in range(2):
@@ -63,6 +63,7 @@ def test_a_halted_processor_waits_for_an_event(quiet: Machine) -> None:
 
 @pytest.mark.spec("cap.X86_DISABLE_EXITS", "exit.HLT")
 def test_an_interrupt_ends_it(quiet: Machine) -> None:
+    emulated(quiet, "exits all the same: its emulator does HLT")
     handler(quiet, 0x40, b"\xe6\x40\xcf")
     quiet.start(b"\xfb" + HLT + OUT_99)
     signal.setitimer(signal.ITIMER_REAL, 0.02)
@@ -76,7 +77,7 @@ def test_an_interrupt_ends_it(quiet: Machine) -> None:
 
 @pytest.mark.spec("cpuid.f7")
 def test_nobody_kicks_who_does_not_halt(quiet: Machine, new_machine: NewMachine) -> None:
-    for machine, kept in ((quiet, False), (build(new_machine), True)):
+    for machine, kept in ((quiet, False), (new_machine(), True)):
         cpuid = supported_cpuid(machine)
         leaf = next(at for at in range(cpuid.nent) if cpuid.entries[at].function == uapi.KVM_CPUID_FEATURES)
         cpuid.entries[leaf].eax |= 1 << uapi.KVM_FEATURE_PV_UNHALT

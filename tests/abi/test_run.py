@@ -13,6 +13,8 @@ import pytest
 
 from pykvm import uapi
 from pykvm.abi import ffi, fields, new
+from pykvm.device import vcpu_of
+from pykvm.mmu import RetPf
 from tests.machine import CODE, HOLE, POISON, Machine, emulated
 
 if TYPE_CHECKING:
@@ -627,6 +629,30 @@ def test_a_signal_ends_a_spinning_guest(machine: Machine) -> None:
         assert machine.run.exit_reason == uapi.KVM_EXIT_INTR
         assert later.calls == [signal.SIGUSR1]
     assert machine.regs.rip == CODE
+
+
+@pytest.mark.spec("run.eintr")
+@pytest.mark.parametrize("way", ["delivery", "completion"])
+def test_a_signal_ends_kvm_run_even_when_nothing_gets_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    if machine.backend.real:
+        pytest.skip("looks inside")
+    mmu = vcpu_of(machine.vcpu).vm.mmu
+    if way == "completion":
+        machine.start(b"\x6c" + HLT, rdx=0x60, rdi=0x3000)  # insb
+        assert machine.go() == uapi.KVM_EXIT_IO
+        machine.data[:1] = b"\x5a"
+        mmu.unmap_gfn_range(0, 0, 16)  # what the instruction needs is gone
+    else:
+        machine.start(SPIN, rflags=uapi.X86_EFLAGS_IF | 2)
+        machine.do(uapi.KVM_INTERRUPT, ffi.new("struct kvm_interrupt *", {"irq": 0x20}))
+    with monkeypatch.context() as patch, Later(signal.SIGUSR1, 0.05):
+        patch.setattr(type(mmu), "page_fault", lambda *_: RetPf.RETRY)
+        assert machine.go_errno() == EINTR
+    if way == "completion":
+        assert machine.go() == uapi.KVM_EXIT_HLT
+        assert machine.ram[0x3000] == 0x5A
 
 
 @pytest.mark.spec("run.complete_then_signal")

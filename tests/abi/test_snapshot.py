@@ -262,10 +262,10 @@ class Client:
         self.log: Log = []
         self.answers = random.Random(seed * 3 + 2)
         self.moves = 0
-        self.done = False
+        self._ended = False
 
     def run(self) -> None:
-        while not self.done:
+        while not self.ended():
             assert len(self.log) < 1000
             if self.way is None:
                 self.machine.go()
@@ -277,6 +277,10 @@ class Client:
                 self.handle()
             if self.way is not None and self.points.random() < 0.4:
                 self.move(self.way)
+
+    def ended(self) -> bool:
+        """Say if the guest came to its last OUT."""
+        return self._ended
 
     def step_on(self) -> None:
         """Do some instructions one by one, up to the next exit; the guest does not see that."""
@@ -292,14 +296,14 @@ class Client:
 
     def move(self, way: snapshot.Client) -> None:
         """Finish what is under way, and go on in a new VM."""
-        if self.done:
+        if self.ended():
             return
         old = self.machine
         while (errno := old.complete()) != EINTR:
             assert errno == 0
             self.handle()
-            if self.done:
-                return  # type: ignore[unreachable]  # handle() changes it
+            if self.ended():
+                return
         saved = snapshot.save(old, way)
         self.machine = build(self.new_machine)
         copy_memory(old, self.machine)
@@ -317,7 +321,7 @@ class Client:
             n = io.size * io.count
             out = machine.data_bytes(n) if io.direction == uapi.KVM_EXIT_IO_OUT else None
             self.log.append((reason, io.direction, io.size, io.port, io.count, out))
-            self.done = out is not None and io.port == END_PORT
+            self._ended = out is not None and io.port == END_PORT
             if out is None:
                 machine.data[:n] = answer[:n]
         elif reason == uapi.KVM_EXIT_MMIO:
@@ -364,8 +368,8 @@ class Client:
 @pytest.mark.parametrize("way", snapshot.CLIENTS, ids=lambda way: way.name)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_guest_that_moves_does_not_notice(new_machine: NewMachine, seed: int, way: snapshot.Client) -> None:
+    emulated(new_machine(), "has no SSE, no OSI and no faithful traps")
     stays, moves = Client(new_machine, seed, None), Client(new_machine, seed, way)
-    emulated(stays.machine, "has no SSE, no OSI and no faithful traps")
     stays.run()
     moves.run()
     assert moves.moves
@@ -378,8 +382,8 @@ def test_a_guest_that_moves_does_not_notice(new_machine: NewMachine, seed: int, 
 @pytest.mark.parametrize("way", snapshot.CLIENTS, ids=lambda way: way.name)
 def test_a_single_step_trap_is_saved(new_machine: NewMachine, way: snapshot.Client) -> None:
     # The OUT is completed, its #DB is due and not delivered: KVM_GET_VCPU_EVENTS has to tell it.
+    emulated(new_machine(), "has no faithful traps")
     machine = build(new_machine)
-    emulated(machine, "has no 64-bit mode worth the name")
     boot(machine, b"\xe6\x10" + bytes((0xE6, END_PORT)))
     machine.set_regs(rflags=2 | uapi.X86_EFLAGS_TF)
     assert machine.go() == uapi.KVM_EXIT_IO
@@ -400,6 +404,7 @@ def test_a_guest_that_a_signal_stopped_goes_on_elsewhere(
     new_machine: NewMachine, way: snapshot.Client
 ) -> None:
     """Anywhere in a loop of arithmetic, x87, SSE and memory: the result is that of an undisturbed run."""
+    emulated(new_machine(), "has no SSE")
     turns = 300_000
     loop = (
         b"\x48\x01\xd8\x48\xff\xc0\xf3\x48\x0f\x2a\xc0\x0f\x58\xc8\xdc\xc0\x48\x31\x04\x25"
@@ -411,7 +416,6 @@ def test_a_guest_that_a_signal_stopped_goes_on_elsewhere(
 
     def run(*, moved: bool) -> tuple[dict[str, object], int]:
         machine, moves = build(new_machine), 0
-        emulated(machine, "has no SSE")
         boot(machine, code)
         while True:
             if moved:

@@ -2,46 +2,32 @@
 
 The kernel is that of the package linux-image-amd64, user space is a busybox-static; both are fetched once
 with ``apt-get download``, into build/guests.  A run goes from the firmware to the shell's prompt on the
-serial console, types a few commands, and powers off.
+serial console, runs a few commands, and powers off.
 
 What must hold: the kernel prints no message on pykvm that it does not print on TCG, numbers and names of the
 processor aside, and the commands print the same.  A guest that knows that it runs on KVM has more to say (the
-`kvm` machine); one that is not told (`plain`) has not.  Exit status: 0 it holds, 1 it does not, 2 cannot run.
+machine `kvm`); one that is not told (`plain`) has not.  Exit status: 0 it holds, 1 it does not, 2 cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tests.clients.guests import KERNEL, CannotRunError, Initramfs, fetch
 from tests.clients.qemu import Console, ConsoleError, command, is_there, kernel_messages, without_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
-GUESTS = Path(__file__).parents[2] / "build" / "guests"
-FETCH = "python -m tests.clients.linux_boot --fetch"
-KERNEL = GUESTS / "vmlinuz"
-BUSYBOX = GUESTS / "busybox"
 PROMPT = "/ # "
 # Seconds, for a machine that does ten other things.
 BOOT_TIMEOUT = 300
 COMMAND_TIMEOUT = 120
 
-INIT = b"""#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /tmp
-/bin/busybox --install -s /bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-exec setsid cttyhack sh
-"""
 # What the shell is asked; each answer is the same on every processor.
 ASK = b"""echo answers:
 uname -srm
@@ -57,28 +43,38 @@ echo answered
 ANSWERED = "answered"
 SHELL_SAYS = {"-13.7868", "child", "2", "1"}
 
-# Machines: QEMU's options beside those that every run has.
+
+class Machine(NamedTuple):
+    """What is run: QEMU's options beside those that every run has, and extensions of pykvm's.
+
+    `told`: the guest knows that it runs on KVM.  `own_cpu`: -cpu means another processor on KVM than on TCG.
+    """
+
+    options: tuple[str, ...]
+    extensions: tuple[str, ...] = ()
+    told: bool = False
+    own_cpu: bool = False
+
+
 MACHINES = {
-    "kvm": ("-M", "pc"),
-    "plain": ("-M", "pc", "-cpu", "qemu64,kvm=off"),
-    "q35": ("-M", "q35", "-cpu", "qemu64,kvm=off"),
-    "max": ("-M", "pc", "-cpu", "max,kvm=off"),
+    "kvm": Machine(("-M", "pc"), told=True),
+    "plain": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off")),
+    "q35": Machine(("-M", "q35", "-cpu", "qemu64,kvm=off")),
+    "max": Machine(("-M", "pc", "-cpu", "max,kvm=off"), own_cpu=True),
+    "shadow": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off"), extensions=("no-tdp",)),
 }
 DEFAULT_MACHINES = ("kvm", "plain")
 # What a kernel says that finds KVM's own leaves in CPUID: it is told, and should be.
 _PARAVIRTUAL = re.compile(r"kvm-clock|kvm-guest|on KVM$|Hypervisor detected: KVM")
 # Depends on how fast the machine was at that moment: TCG's runs differ among themselves here.
 _TIMING = re.compile(
-    r"tsc: |APIC (calibration|delta)|Calibrating delay loop|clocksource: Switched|sched_clock: Marking|Lost \d+ RTC interrupts"
-    r"|deferred pages initialised|took \d+ usecs|8254 timer|IRQ0|found apic|\.\.\.\. (failed|works)"
+    r"tsc: |APIC (calibration|delta)|Calibrating delay loop|clocksource: Switched|sched_clock: Marking"
+    r"|timekeeping watchdog|read-back delay|Lost \d+ RTC interrupts|deferred pages initialised|took \d+ usecs"
+    r"|8254 timer|IRQ0|found apic|\.\.\.\. (failed|works)"
 )
-# The processor and what it can do, which -cpu max takes from the host on KVM.
+# The processor and what it can do.
 _PROCESSOR = re.compile(r"smpboot: CPU0|x86/fpu|Spectre|_OSC: OS supports|PCI: Using configuration type 1")
 _TROUBLE = re.compile(r"BUG|WARNING|Oops|Call Trace|panic|unchecked MSR|RIP:|stuck|stall|lockup|unsupported")
-
-
-class CannotRunError(Exception):
-    """Something is not installed or cannot be fetched."""
 
 
 class Boot(NamedTuple):
@@ -93,80 +89,27 @@ class Boot(NamedTuple):
 # ---- the guest -----------------------------------------------------------------------------------
 
 
-def is_fetched() -> bool:
-    """Say if kernel and busybox are there."""
-    return KERNEL.exists() and BUSYBOX.exists()
-
-
-def fetch() -> None:
-    """Get kernel and busybox from Debian's archive, unless they are there."""
-    if is_fetched():
-        return
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise CannotRunError("fetching the kernel needs apt-get and dpkg-deb")
-    GUESTS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=GUESTS) as scratch:
-        directory = Path(scratch)
-        done = subprocess.run(
-            ["apt-get", "download", _kernel_package(), "busybox-static"],
-            cwd=directory, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise CannotRunError(f"apt-get download: {done.stderr.strip()}")
-        for package in directory.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", package, directory / "root"], check=True)
-        shutil.copy(next((directory / "root/boot").glob("vmlinuz-*")), KERNEL)
-        shutil.copy(directory / "root/bin/busybox", BUSYBOX)
-
-
-def _kernel_package() -> str:
-    """Return the package that linux-image-amd64 stands for today."""
-    done = subprocess.run(
-        ["apt-cache", "show", "--no-all-versions", "linux-image-amd64"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    found = re.search(r"^Depends: (linux-image-\S+)", done.stdout, re.MULTILINE)
-    if found is None:
-        raise CannotRunError("apt knows no linux-image-amd64: apt-get update?")
-    return found[1]
-
-
 def initramfs() -> Path:
     """Write an initramfs whose init is a shell on the console; return where it is."""
-    path = GUESTS / "initramfs.cpio"
-    directories = ((name, 0o040755, b"") for name in ("bin", "dev", "proc", "sys", "tmp"))
-    files = (
-        ("bin/busybox", 0o100755, BUSYBOX.read_bytes()),
-        ("bin/sh", 0o120777, b"busybox"),
-        ("init", 0o100755, INIT),
-        ("ask", 0o100644, ASK),
+    archive = Initramfs()
+    archive.file("ask", ASK)
+    return archive.write("initramfs.cpio")
+
+
+def start(engine: str, machine: Machine, initrd: Path, megabytes: int = 512) -> Console:
+    """Start a QEMU with the kernel."""
+    options = machine.options
+    if engine == "tcg":
+        options = tuple(option.removesuffix(",kvm=off") for option in options)
+    guest = ("-kernel", str(KERNEL), "-initrd", str(initrd), "-append", "console=ttyS0 ignore_loglevel")
+    return Console(
+        command(engine, "-m", str(megabytes), *guest, *options, extensions=machine.extensions),
     )
-    path.write_bytes(_cpio([*directories, *files]))
-    return path
-
-
-def _cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
-    """Return an archive of (name, mode, content), in the format "newc" that the kernel unpacks."""
-    out = bytearray()
-    console = ("dev/console", 0o020600, b"")
-    for inode, (name, mode, data) in enumerate([*entries, console, ("TRAILER!!!", 0, b"")], 1):
-        major, minor = (5, 1) if name == console[0] else (0, 0)
-        path = name.encode() + b"\0"
-        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, major, minor, len(path), 0)
-        out += b"070701" + b"".join(b"%08X" % field for field in fields) + path
-        out += bytes(-len(out) % 4) + data
-        out += bytes(-len(out) % 4)
-    return bytes(out)
 
 
 def boot(engine: str, machine: str = "kvm") -> Boot:
     """Boot on "pykvm" or "tcg", ask the shell, power off.  Raises ConsoleError."""
-    options = list(MACHINES[machine])
-    if engine == "tcg":
-        options = [option.removesuffix(",kvm=off") for option in options]
-    line = command(engine, "-m", "512", "-kernel", str(KERNEL), "-initrd", str(initramfs()),
-                   "-append", "console=ttyS0 ignore_loglevel", *options)  # fmt: skip
-    with Console(line) as console:
+    with start(engine, MACHINES[machine], initramfs()) as console:
         seconds = console.expect(PROMPT, BOOT_TIMEOUT)
         console.send("sh /ask")
         console.expect(ANSWERED, COMMAND_TIMEOUT)
@@ -190,35 +133,37 @@ def is_trouble(message: str) -> bool:
     return _TROUBLE.search(message) is not None
 
 
-def additional(ours: Boot, reference: Boot, machine: str) -> Iterator[str]:
+def additional(ours: Boot, reference: Boot, machine: Machine) -> Iterator[str]:
     """Yield the messages that the reference does not have."""
     known = {without_numbers(message) for message in reference.messages}
     for message in ours.messages:
         if without_numbers(message) in known or _TIMING.search(message):
             continue
-        if machine == "kvm" and _PARAVIRTUAL.search(message):
+        if machine.told and _PARAVIRTUAL.search(message):
             continue
-        if machine == "max" and _PROCESSOR.search(message):
+        if machine.own_cpu and _PROCESSOR.search(message):
             continue
         yield message
 
 
-def compare(machine: str) -> bool:
+def compare(name: str) -> bool:
     """Boot on both and print what is different; say if nothing is."""
-    reference, ours = boot("tcg", machine), boot("pykvm", machine)
-    ratio = ours.cpu_seconds / reference.cpu_seconds
-    print(f"{machine}: {' '.join(MACHINES[machine])}")
-    for name, run in (("tcg", reference), ("pykvm", ours)):
-        print(f"  {name:6} prompt after {run.seconds:5.1f} s, {run.cpu_seconds:5.1f} s of CPU time, "
-              f"{len(run.messages)} messages")  # fmt: skip
-    print(f"  ratio of CPU time {ratio:.2f}")
-    messages = list(additional(ours, reference, machine))
-    for message in messages:
+    machine = MACHINES[name]
+    print(f"{name}: {' '.join(machine.options)}", *machine.extensions)
+    reference, ours = boot("tcg", name), boot("pykvm", name)
+    for engine, run in (("tcg", reference), ("pykvm", ours)):
+        messages = f"{len(run.messages)} messages"
+        print(
+            f"  {engine:6} prompt after {run.seconds:5.1f} s, {run.cpu_seconds:5.1f} s of CPU time, {messages}"
+        )
+    print(f"  pykvm takes {ours.cpu_seconds / reference.cpu_seconds:.1f} times the CPU time")
+    found = list(additional(ours, reference, machine))
+    for message in found:
         print(f"  only on pykvm: {message}")
     same = ours.shell == reference.shell
     if not same:
         print("  the shell says", *ours.shell, "and on tcg", *reference.shell, sep="\n    ")
-    return same and not messages
+    return same and not found
 
 
 def run(machines: Iterable[str], *, only_fetch: bool) -> bool:

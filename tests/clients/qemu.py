@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 QEMU = "qemu-system-x86_64"
-EXEC = (sys.executable, "-m", "pykvm", "exec", "--")
+EXEC = (sys.executable, "-m", "pykvm", "exec")
 ACCELERATORS = {"pykvm": "kvm,kernel-irqchip=off", "tcg": "tcg"}
 # Serial console on standard output; no network card, whose option ROM only takes time.
 MACHINE = ("-nographic", "-net", "none", "-no-reboot")
@@ -33,10 +33,12 @@ def is_there() -> bool:
     return shutil.which(QEMU) is not None
 
 
-def command(engine: str, *options: str) -> list[str]:
-    """Return the command line of a QEMU on "pykvm" or on "tcg"."""
-    start = EXEC if engine == "pykvm" else ()
-    return [*start, QEMU, "-accel", ACCELERATORS[engine], *MACHINE, *options]
+def command(engine: str, *options: str, extensions: Sequence[str] = ()) -> list[str]:
+    """Return the command line of a QEMU on "pykvm", with extensions of pykvm's, or on "tcg"."""
+    qemu = [QEMU, "-accel", ACCELERATORS[engine], *MACHINE, *options]
+    if engine == "tcg":
+        return qemu
+    return [*EXEC, *(f"--extension={name}" for name in extensions), "--", *qemu]
 
 
 class Console:

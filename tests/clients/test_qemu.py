@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.clients import linux_boot, qemu
+from tests.clients import guests, linux_boot, qemu
 
 pytestmark = pytest.mark.skipif(not qemu.is_there(), reason=f"{qemu.QEMU} is not installed")
 LAST_WORDS = "No bootable device."
@@ -25,7 +25,7 @@ def test_seabios_runs_to_its_end(options: tuple[str, ...]) -> None:
     assert firmware_says("pykvm", *options) == firmware_says("tcg", *options)
 
 
-@pytest.mark.skipif(not linux_boot.is_fetched(), reason=f"no kernel: run {linux_boot.FETCH} once")
+@pytest.mark.skipif(not guests.are_fetched(), reason=f"no kernel: run {guests.FETCH} once")
 def test_debians_kernel_boots_to_a_shell() -> None:
     """The kernel of Debian's linux-image-amd64, to the shell's prompt and back down."""
     boot = linux_boot.boot("pykvm")

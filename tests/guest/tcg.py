@@ -237,6 +237,10 @@ class NotExportableError(Exception):
     """No sequence of instructions leads to this state."""
 
 
+class QemuError(Exception):
+    """QEMU gave up; the message has what it said."""
+
+
 @dataclass
 class Snapshot:
     """Memory, and the parameters of the loader."""
@@ -425,7 +429,8 @@ class Tcg:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "QEMU has ended"
+        if not line.startswith(b"{"):
+            raise QemuError(line.decode() or "QEMU has ended")
         message: dict[str, Any] = json.loads(line)
         if message.get("event") == "RESET":
             self._resets.append(message["data"]["guest"])

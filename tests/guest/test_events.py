@@ -90,6 +90,7 @@ def test_real_mode_without_ivt_is_a_triple_fault(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.double_fault")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 def test_real_mode_without_stack_is_a_triple_fault(m: Machine) -> None:
     start(m, "real", "int 0x21")
     m.set(rsp=1)
@@ -168,6 +169,7 @@ def test_long_mode_from_user_loads_a_null_ss(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.idt_delivery")
+@pytest.mark.tcg_differs("SS becomes null without a change of CPL: SDM vol. 2 INT n, intra-privilege-level")
 @pytest.mark.parametrize("cpl", [0, 3])
 def test_ist_switches_the_stack_at_any_level(m: Machine, cpl: int) -> None:
     start(m, "long64", "ud2", cpl)
@@ -216,6 +218,7 @@ def test_vm86_int_needs_iopl_3_but_int3_does_not(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("#TS, not #GP: SDM vol. 2 INT n, interrupt from virtual-8086 mode")
 def test_vm86_handler_must_be_ring_0(m: Machine) -> None:
     start(m, "vm86", "int 0x40")
     m.set_gdt(FREE_SELECTOR, descriptor(0, 0xFFFFF, 0xC0BB))  # DPL 1
@@ -237,6 +240,7 @@ FAULTS = {
 
 
 @pytest.mark.spec("cpu.vectors", "cpu.idt_delivery")
+@pytest.mark.tcg_differs("error codes of the IDT are 16 * vector in long mode: SDM vol. 3 6.13")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 @pytest.mark.parametrize("source", FAULTS)
 def test_faults_push_the_rip_of_the_instruction_and_rf(m: Machine, mode: str, source: str) -> None:
@@ -253,6 +257,7 @@ def test_faults_push_the_rip_of_the_instruction_and_rf(m: Machine, mode: str, so
 
 
 @pytest.mark.spec("cpu.soft_int", "cpu.vectors")
+@pytest.mark.tcg_differs("INT1 is #UD: SDM vol. 2 INT n")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 @pytest.mark.parametrize(
     ("code", "vector", "length"),
@@ -279,6 +284,7 @@ def test_into(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.soft_int", "cpu.idt_delivery")
+@pytest.mark.tcg_differs("IDT error codes are 16 * vector, INT1 is #UD: SDM vol. 3 6.13, vol. 2 INT n")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 @pytest.mark.parametrize(("code", "vector"), [("int3", BP), ("int 0x80", 0x80), (".byte 0xf1", DB)])
 def test_dpl_of_the_gate_is_checked_for_all_but_int1(m: Machine, mode: str, code: str, vector: int) -> None:
@@ -301,6 +307,7 @@ def test_hardware_vector_through_int_pushes_no_error_code(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.idt_delivery")
+@pytest.mark.tcg_differs("error codes of the IDT are 16 * vector in long mode: SDM vol. 3 6.13")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 @pytest.mark.parametrize(
     ("selector", "kind", "vector", "error"),
@@ -341,6 +348,7 @@ def test_external_interrupt_sets_ext_in_the_error_code(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.idt_delivery")
+@pytest.mark.tcg_differs("error codes of the IDT are 16 * vector in long mode: SDM vol. 3 6.13")
 def test_long_mode_gates(m: Machine) -> None:
     start(m, "long64", "int 0x40")
     m.set_gate(0x40, gate(CODE32, HANDLERS + 0x400))  # not a 64-bit segment
@@ -362,6 +370,7 @@ def test_long_mode_gates(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.idt_delivery")
+@pytest.mark.tcg_differs("a stack segment that is not present is not #SS: SDM vol. 2 INT n")
 @pytest.mark.parametrize(
     ("limit", "selector", "vector", "error"),
     [
@@ -390,6 +399,7 @@ def test_bad_stacks_in_the_tss(m: Machine, limit: int, selector: int, vector: in
 
 
 @pytest.mark.spec("cpu.idt_delivery")
+@pytest.mark.tcg_differs("neither limits nor types of segments are checked: SDM vol. 3 5.3, 5.4")
 def test_no_room_on_the_new_stack_is_ss_with_its_selector(m: Machine) -> None:
     start(m, "prot32", "int 0x40", cpl=3)
     m.set_gate(0x40, gate(CODE32, HANDLERS + 0x400, 0xEE))
@@ -425,6 +435,7 @@ def test_gp_whose_gate_is_not_present_is_a_double_fault(m: Machine, mode: str) -
 
 
 @pytest.mark.spec("cpu.double_fault")
+@pytest.mark.tcg_differs("error codes of the IDT are 16 * vector in long mode: SDM vol. 3 6.13")
 def test_benign_first_is_no_double_fault(m: Machine) -> None:
     start(m, "long64", "ud2")
     m.set_gate(UD, gate(CODE64, 0, 0x0E))
@@ -433,6 +444,7 @@ def test_benign_first_is_no_double_fault(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.double_fault")
+@pytest.mark.tcg_differs("error codes of the IDT are 16 * vector in long mode: SDM vol. 3 6.13")
 def test_software_interrupt_13_is_not_contributory(m: Machine) -> None:
     start(m, "long64", "int 10")
     m.set_gate(10, gate(CODE64, 0, 0x0E))
@@ -673,6 +685,7 @@ def test_faulting_iret_unblocks_nmi(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.dr_breakpoints", "cpu.tf")
+@pytest.mark.tcg_differs("GD stays set: SDM vol. 3 17.2.4")
 def test_debug_trap_merges_dr6_and_clears_gd(m: Machine) -> None:
     start(m, "long64", "nop; hlt")
     m.set(rflags=TF | 2, dr6=0xFFFF2FF3, dr7=0x2400)
@@ -684,6 +697,7 @@ def test_debug_trap_merges_dr6_and_clears_gd(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.dr_breakpoints")
+@pytest.mark.tcg_differs("GD stays set: SDM vol. 3 17.2.4")
 def test_general_detect_is_a_fault(m: Machine) -> None:
     start(m, "long64", "mov rax, dr0")
     m.set(dr7=0x2400)

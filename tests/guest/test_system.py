@@ -61,6 +61,7 @@ def write(m: Machine, mode: str, register: str, value: int) -> None:
 
 
 @pytest.mark.spec("cpu.cr_writes")
+@pytest.mark.tcg_differs("reserved bits and combinations are not checked: SDM vol. 2 MOV CR, vol. 3 2.5")
 @pytest.mark.parametrize(
     ("value", "result"),
     [
@@ -83,6 +84,7 @@ def test_cr0(m: Machine, value: int, result: int | None) -> None:
 
 
 @pytest.mark.spec("cpu.cr_writes")
+@pytest.mark.tcg_differs("reserved bits and combinations are not checked: SDM vol. 2 MOV CR, vol. 3 2.5")
 def test_cr0_in_64_bit_mode(m: Machine) -> None:
     write(m, "long64", "cr0", 1 << 32 | 0x80010033)
     faults(m, GP)
@@ -130,6 +132,7 @@ def test_entering_and_leaving_long_mode(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.long_mode", "cpu.cr_writes")
+@pytest.mark.tcg_differs("reserved bits and combinations are not checked: SDM vol. 2 MOV CR, vol. 3 2.5")
 def test_paging_with_lme_needs_pae_and_no_64_bit_segment(m: Machine) -> None:
     write(m, "prot32", "cr0", PG | PE)
     m.set(efer=lib.EFER_LME)
@@ -179,6 +182,7 @@ def test_cr3(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.pcid", "cpu.cr_writes")
+@pytest.mark.tcg_differs("there are no PCIDs")
 def test_pcid_rules(m: Machine) -> None:
     pcide = lib.X86_CR4_PAE | lib.X86_CR4_PCIDE
     write(m, "long64", "cr3", PML4 | 1 << 63 | 5)
@@ -195,6 +199,7 @@ def test_pcid_rules(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.cr_writes", "cpu.la57")
+@pytest.mark.tcg_differs("reserved bits and combinations are not checked: SDM vol. 2 MOV CR, vol. 3 2.5")
 @pytest.mark.parametrize(
     ("mode", "value", "ok"),
     [
@@ -217,6 +222,7 @@ def test_cr4(m: Machine, mode: str, value: int, ok: bool) -> None:
 
 
 @pytest.mark.spec("cpu.cr8_tpr")
+@pytest.mark.tcg_differs("reserved bits and combinations are not checked: SDM vol. 2 MOV CR, vol. 3 2.5")
 def test_cr8(m: Machine) -> None:
     write(m, "long64", "cr8", 16)
     faults(m, GP)
@@ -293,6 +299,7 @@ def test_wp_takes_effect_at_once(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.dr_access")
+@pytest.mark.tcg_differs("fixed bits of DR6 and DR7 can be changed: SDM vol. 3 17.2")
 def test_dr6_dr7_fixed_bits_and_aliases(m: Machine) -> None:
     source = "mov rax, 0xffffffff; mov dr6, rax; mov rbx, dr6; mov dr7, rax; xor eax, eax; mov rcx, dr7"
     start(m, "long64", f"xor eax, eax; mov dr6, rax; mov rdx, dr6; mov dr7, rax; mov rsi, dr5; {source}")
@@ -365,6 +372,7 @@ def test_msrs_of_the_processor(m: Machine, name: str) -> None:
 
 
 @pytest.mark.spec("msr.canonical", "cpu.wrmsr_gp")
+@pytest.mark.tcg_differs("no check that addresses are canonical: SDM vol. 2 WRMSR")
 @pytest.mark.parametrize("name", [n for n in OWN if "BASE" in n or "STAR" in n or "ESP" in n or "EIP" in n])
 def test_canonical_msrs(m: Machine, name: str) -> None:
     start(m, "long64", "bad: wrmsr; cpuid")
@@ -376,6 +384,7 @@ def test_canonical_msrs(m: Machine, name: str) -> None:
 
 
 @pytest.mark.spec("cpu.wrmsr_gp")
+@pytest.mark.tcg_differs("bits 32 to 63 of TSC_AUX can be set: SDM vol. 4 table 2-2")
 def test_tsc_aux_has_32_bits_and_needs_a_feature(m: Machine) -> None:
     start(m, "long64", "bad: wrmsr")
     m.set(rcx=lib.MSR_TSC_AUX, rdx=1)
@@ -410,6 +419,7 @@ def test_other_msrs_exit_at_the_instruction(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.rdtsc")
+@pytest.mark.tcg_differs("it has its own time")
 def test_tsc_offset_ratio_and_aux(m: Machine) -> None:
     start(m, "long64", "rdtsc; mov ebx, eax; mov ebp, edx; rdtscp; mov r8, rcx; rdpid r9; cpuid")
     m.set(tsc_aux=0x55)
@@ -438,6 +448,7 @@ def test_tsc_that_counts_instructions(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.rdtsc", "cpu.cpl_rules", "cpu.rdpmc")
+@pytest.mark.tcg_differs("it has its own time")
 def test_tsd(m: Machine) -> None:
     for code in ("rdtsc", "rdtscp"):
         start(m, "long64", f"bad: {code}; cpuid", cpl=3)
@@ -512,6 +523,7 @@ def test_stac_and_clac(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.tlb_rules")
+@pytest.mark.tcg_differs("there is no INVPCID")
 @pytest.mark.parametrize("flush", ["invlpg [0x200000]", "mov cr3, rbx", "invpcid rcx, [0x500]"])
 def test_stale_translation_ends(m: Machine, flush: str) -> None:
     change = "mov rax, [0x200000]; mov qword ptr [0x6008], 0x2000e7; mov rax, [0x200000]"
@@ -538,6 +550,7 @@ def test_invlpg_and_invpcid_exits(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.pcid")
+@pytest.mark.tcg_differs("there is no INVPCID")
 @pytest.mark.parametrize(
     ("kind", "pcid", "address", "ok"),
     [
@@ -570,6 +583,7 @@ def test_invlpg_of_a_non_canonical_address_is_a_nop(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.invd_wbinvd", "cpu.ud_space")
+@pytest.mark.tcg_differs("there is no SERIALIZE")
 def test_cache_instructions_fences_and_nops(m: Machine) -> None:
     source = """
         invd; wbinvd; clflush [0x500]; clflushopt [0x500]; clwb [0x500]; lfence; mfence; sfence; serialize
@@ -645,6 +659,7 @@ def test_pause(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.monitor_mwait")
+@pytest.mark.tcg_differs("MWAIT waits")
 @pytest.mark.parametrize("code", ["monitor", "mwait"])
 def test_monitor_mwait(m: Machine, code: str) -> None:
     start(m, "long64", f"bad: {code}; cpuid")
