@@ -5,9 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYKVM_BUILD=asan
-[ $# -gt 0 ] || set -- tests/guest tests/mmu/test_modes.py
 python -m pykvm.abi._build
 LD_PRELOAD="$(cc -print-file-name=libasan.so)" \
     ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allow_user_segv_handler=1 \
     PYTHONMALLOC=malloc \
-    python -m pytest -q -p no:cacheprovider "$@"
+    python -m pytest -q -p no:cacheprovider tests/unit tests/guest tests/abi "$@"

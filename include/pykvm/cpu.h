@@ -308,6 +308,8 @@ struct cpu_stats {
     uint64_t insns; /* retired */
     uint64_t blocks_built, blocks_flushed, tlb_fills, tlb_flushes, smc, walks;
     uint64_t exits[32]; /* of cpu_enter(), by enum cpu_exit_reason */
+    uint64_t completed; /* calls of cpu_complete() */
+    uint64_t injected[8]; /* events at entry, by the type in cpu_event.info */
 };
 
 struct vmcs {

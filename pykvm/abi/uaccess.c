@@ -77,7 +77,7 @@ int file_queue(void)
  * Two open files, because a mapping keeps its open file alive, and the one that the client has is to
  * end with the client's last reference.  The client gets the one made by open(), because since Linux
  * 6.14 those made by memfd_create() send no inotify events. */
-static int reopen(struct memory_file *file, uint64_t size, int cloexec)
+static int reopen(struct memory_file *file, uint64_t size, int cloexec, int readonly)
 {
     char path[32];
     int again;
@@ -88,7 +88,7 @@ static int reopen(struct memory_file *file, uint64_t size, int cloexec)
             return -1;
     }
     snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
-    again = open(path, O_RDWR | O_CLOEXEC);
+    again = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC);
     if (again < 0 || dup3(again, file->fd, cloexec ? O_CLOEXEC : 0) < 0)
         return -1;
     return close(again);
@@ -96,7 +96,7 @@ static int reopen(struct memory_file *file, uint64_t size, int cloexec)
 
 /* Clients keep descriptors apart by number and expect the lowest free one: file->fd does not change
  * from here on. */
-static int set_up(struct memory_file *file, uint64_t size, int cloexec, int queue)
+static int set_up(struct memory_file *file, uint64_t size, int cloexec, int readonly, int queue)
 {
     char path[32];
     struct stat st;
@@ -107,14 +107,15 @@ static int set_up(struct memory_file *file, uint64_t size, int cloexec, int queu
     if (fcntl(file->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
         return -1;
     file->inode = st.st_ino;
-    if (reopen(file, size, cloexec) < 0)
+    if (reopen(file, size, cloexec, readonly) < 0)
         return -1;
     snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
     file->watch = inotify_add_watch(queue, path, IN_CLOSE_WRITE | IN_CLOSE_NOWRITE);
     return file->watch < 0 ? -1 : 0;
 }
 
-int file_create(struct memory_file *file, const char *name, uint64_t size, int cloexec, int queue)
+int file_create(struct memory_file *file, const char *name, uint64_t size, int cloexec, int readonly,
+                int queue)
 {
     int error;
 
@@ -122,7 +123,7 @@ int file_create(struct memory_file *file, const char *name, uint64_t size, int c
     file->fd = memfd_create(name, MFD_ALLOW_SEALING | (cloexec ? MFD_CLOEXEC : 0));
     if (file->fd < 0)
         return -1;
-    if (set_up(file, size, cloexec, queue) == 0)
+    if (set_up(file, size, cloexec, readonly, queue) == 0)
         return 0;
     error = errno;
     if (file->memory && file->memory != MAP_FAILED)

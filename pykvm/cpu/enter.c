@@ -494,6 +494,7 @@ static bool inject(struct cpu *cpu)
     CTL(cpu).entry_event.info = 0;
     if (!(ev.info & CPU_EVENT_VALID))
         return true;
+    cpu->vmcs.stats.injected[ev.info >> 8 & 7]++;
     if (!deliver_event(cpu, ev, (GUEST(cpu).rip + ev.insn_len) & cpu->ip_mask))
         return false;
     if (CTL(cpu).flags & CPU_SINGLE_STEP)
@@ -588,6 +589,10 @@ static void begin(struct cpu *cpu)
 {
     u64 now = host_tsc();
 
+    if (now >= cpu->guard_at) { /* asking the kernel costs as much as a short entry */
+        cpu->guard_at = now + SIGNAL_TICKS;
+        host_guard_install();
+    }
     reset_exit(cpu);
     atomic_store(&cpu->in_guest, 1);
     set_status(cpu, GUEST(cpu).rflags);
@@ -653,6 +658,7 @@ int cpu_enter(struct cpu *cpu)
 int cpu_complete(struct cpu *cpu)
 {
     begin(cpu);
+    cpu->vmcs.stats.completed++;
     do_flushes(cpu); /* memory may have gone since the exit; a kick can wait for one instruction */
     if (host_guard_enter(cpu))
         host_fault(cpu);

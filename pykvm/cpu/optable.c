@@ -106,7 +106,7 @@ static const struct op group7_reg[8] = {
     BY(O_RM, ROWS(ONLY_NP(OP(monitor, NONE)), ONLY_NP(OP(mwait, NONE, O_END)),
                   ONLY_NP(OPF(clac, NONE, F7B(SMAP))), ONLY_NP(OPF(stac, NONE, F7B(SMAP))),
                   UD, UD, UD, UD)),
-    BY(O_RM, ROWS(ONLY_NP(OPF(xgetbv, NONE, F1C(XSAVE))), ONLY_NP(OPF(xsetbv, NONE, F1C(XSAVE), PRIV)),
+    BY(O_RM, ROWS(ONLY_NP(OPF(xgetbv, NONE, F1C(XSAVE))), ONLY_NP(OPF(xsetbv, NONE, F1C(XSAVE), O_END)),
                   UD, UD, UD, UD, UD, UD)),
     BY(O_RM, ROWS(UD, OP(vmmcall, NONE, O_END), UD, UD, UD, UD, UD, UD)),
     OP(smsw, E),

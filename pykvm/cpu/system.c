@@ -729,8 +729,10 @@ int x_xgetbv(struct cpu *cpu, const struct insn *i)
 
 int x_xsetbv(struct cpu *cpu, const struct insn *i)
 {
-    if (!(GUEST(cpu).cr4 & X86_CR4_OSXSAVE))
+    if (!(GUEST(cpu).cr4 & X86_CR4_OSXSAVE)) /* undefined before it is privileged */
         return x_ud(cpu, i);
+    if (cpu->cpl != 0)
+        return fault_gp(cpu, i, 0);
     return vmexit(cpu, i, EXIT_XSETBV);
 }
 

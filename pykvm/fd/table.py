@@ -124,11 +124,12 @@ def anon_inode_getfd(
     *,
     install: Callable[[File], None] | None = None,
     cloexec: bool = True,
+    readonly: bool = False,
 ) -> int:
     """Open a new file and return its descriptor; the caller owns it.
 
-    `name` is shown in /proc/self/fd; `size`: bytes of memory that the client can map.  `install` is
-    called with the file before any client can reach it.
+    `name` is shown in /proc/self/fd; `size`: bytes of memory that the client can map, or read, and with
+    `readonly` nothing else.  `install` is called with the file before any client can reach it.
     Raises EMFILE, ENFILE, ENOMEM.
     """
     reap()
@@ -136,7 +137,7 @@ def anon_inode_getfd(
     with _table.lock:
         if _table.queue < 0:
             _table.queue = lib.file_queue()
-        if _table.queue < 0 or lib.file_create(made, name.encode(), size, cloexec, _table.queue):
+        if _table.queue < 0 or lib.file_create(made, name.encode(), size, cloexec, readonly, _table.queue):
             raise KvmError(ffi.errno, f"no file for {name}: {os.strerror(ffi.errno)}")
         memory = ffi.gc(made.memory, lambda address: lib.file_unmap(address, size)) if size else None
         file = File(kind, obj, made, memory, _table.mm)

@@ -17,7 +17,6 @@ _IRQCHIP = "interrupt controllers in the kernel come with a later issue"
 _PIT = "the timer in the kernel comes with the interrupt controllers"
 _EVENTFD = "eventfds come with the interrupt controllers"
 _MEMORY = "slots with guest_memfd and memory attributes come with a later issue"
-_STATS = "statistics descriptors come with a later issue"
 _COALESCED = "the coalesced MMIO ring comes with a later issue"
 _ENCRYPTION = "there is no memory encryption (SEV, TDX) to emulate"
 _XEN = "Xen guests are not emulated"
@@ -51,8 +50,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         _EVENTFD: ("KVM_IRQFD", "KVM_IOEVENTFD"),
         _MEMORY: ("KVM_SET_USER_MEMORY_REGION2", "KVM_SET_MEMORY_ATTRIBUTES", "KVM_CREATE_GUEST_MEMFD"),
         _COALESCED: ("KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"),
-        "the dirty ring comes with a later issue": ("KVM_RESET_DIRTY_RINGS",),
-        _STATS: ("KVM_GET_STATS_FD",),
         _PMU: ("KVM_SET_PMU_EVENT_FILTER",),
         _HYPERV: ("KVM_HYPERV_EVENTFD",),
         _XEN: (
@@ -69,7 +66,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vcpu": {
         _IRQCHIP: ("KVM_GET_LAPIC", "KVM_SET_LAPIC", "KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR"),
-        _STATS: ("KVM_GET_STATS_FD",),
         "registers by number come with a later issue": (
             "KVM_GET_ONE_REG",
             "KVM_SET_ONE_REG",

@@ -150,6 +150,7 @@ def vm_enable_cap(vm: Vm, request: CData) -> int:
 
     Errors:
         EINVAL  flags; a capability that does not exist or cannot be enabled on a VM; its arguments
+        E2BIG   KVM_CAP_DIRTY_LOG_RING: larger than a ring can be
     Source: api.rst 4.37 and 7; kvm_main.c kvm_vm_ioctl_enable_cap_generic, x86.c kvm_vm_ioctl_enable_cap
     """
     number, args = _enable_args(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EINVAL, ENOENT
+from errno import EINVAL, ENOENT, ENXIO
 from typing import TYPE_CHECKING
 
 from pykvm.abi import CData, uapi
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 def _logged_slot(vm: Vm, number: int) -> tuple[Memslot, bytearray]:
+    if vm.dirty_ring_size:
+        raise KvmError(ENXIO, "dirty frames are told in rings")
     as_id, slot_id = number >> 16, number & 0xFFFF
     if as_id >= len(vm.memslots) or slot_id >= vm.kernel.limits.memslots:
         raise KvmError(EINVAL, f"slot {number:#x} is out of range")
@@ -35,6 +37,7 @@ def get_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
     With MANUAL_DIRTY_LOG_PROTECT2 nothing is cleared: KVM_CLEAR_DIRTY_LOG does that.
 
     Errors:
+        ENXIO   the VM has dirty rings
         EINVAL  slot or address space out of range
         ENOENT  no such slot, or it does not log
         EFAULT  dirty_bitmap is not writable; the log has been cleared all the same, as on Linux
@@ -43,6 +46,8 @@ def get_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
     with vm.slots_lock:
         slot, bitmap = _logged_slot(vm, int(log.slot))
         snapshot = bytes(bitmap) if vm.dirty_log_manual_protect else vm.mmu.take_dirty(slot, bitmap)
+        for stats_file in vm.stats_files:
+            stats_file.refresh()
     user.write(address_of(log.dirty_bitmap), snapshot)
     return 0
 
@@ -57,6 +62,7 @@ def clear_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
     """Clear and write-protect the pages whose bit is set, within [first_page, first_page + num_pages).
 
     Errors:
+        ENXIO   the VM has dirty rings
         EINVAL  slot or address space out of range; first_page or num_pages not a multiple of 64
                 (num_pages may end the slot); range beyond the slot
         ENOENT  no such slot, or it does not log
@@ -65,6 +71,8 @@ def clear_dirty_log(vm: Vm, log: CData, user: UserMemory) -> int:
     """
     first, num = int(log.first_page), int(log.num_pages)
     with vm.slots_lock:
+        if vm.dirty_ring_size:
+            raise KvmError(ENXIO, "dirty frames are told in rings")
         as_id, slot_id = int(log.slot) >> 16, int(log.slot) & 0xFFFF
         if as_id >= len(vm.memslots) or slot_id >= vm.kernel.limits.memslots:
             raise KvmError(EINVAL, f"slot {int(log.slot):#x} is out of range")

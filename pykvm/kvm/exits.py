@@ -263,6 +263,8 @@ def handle_preempted(vcpu: Vcpu) -> Outcome:
     """Let Python look at its signals and threads, and go on; a signal may wait for this thread, too."""
     if vcpu.steal_time.gpa is not None:
         steal_time.record(vcpu)
+    for stats_file in vcpu.vm.stats_files:
+        stats_file.refresh()
     return _stop_for_signal(vcpu)
 
 

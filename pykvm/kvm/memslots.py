@@ -16,6 +16,7 @@ from pykvm.mmu.slots import PAGE_SHIFT, Change, Memslot, Memslots
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -132,7 +133,7 @@ def _classify(old: Memslot | None, new: Memslot) -> Change | None:
 
 
 def _dirty_bitmap(vm: Vm, old: Memslot | None, new: Memslot) -> bytearray | None:
-    if not new.logging:
+    if not new.logging or vm.dirty_ring_size:
         return None
     if old is not None and old.dirty_bitmap is not None:
         return old.dirty_bitmap
@@ -159,6 +160,8 @@ def _commit(vm: Vm, old: Memslot | None, new: Memslot | None, change: Change, as
             spaces[i] = dataclasses.replace(slots, generation=generation)
     vm.memslots = tuple(spaces)
     vm.mmu.on_memslots_changed(old, new, change, as_id)
+    for stats_file in vm.stats_files:
+        stats_file.refresh()
 
 
 @vm_ioctl("KVM_SET_USER_MEMORY_REGION", In("struct kvm_userspace_memory_region"), cap="KVM_CAP_USER_MEMORY")
@@ -218,9 +221,17 @@ def write_guest(vm: Vm, gpa: int, data: bytes, as_id: int = 0) -> bool:
             copy_to_user(slot.hva(at >> PAGE_SHIFT) + at % PAGE_SIZE, data[done : done + n])
         except KvmError:
             return False
-        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT)
+        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT, running_vcpu(vm))
         done += n
     return True
+
+
+def running_vcpu(vm: Vm) -> Vcpu | None:
+    """Return the vCPU whose ioctl this thread is in (kvm_get_running_vcpu); only dirty rings ask."""
+    if not vm.dirty_ring_size:
+        return None
+    # An RLock tells who owns it, but the type stubs do not.
+    return next((vcpu for vcpu in vm.vcpus.values() if vcpu.mutex._is_owned()), None)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def hva_ranges(vm: Vm) -> tuple[tuple[int, int], ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pykvm.abi import lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import Ignored, Value, vm_ioctl
+from pykvm.kvm import stats
 from pykvm.kvm.caps import capability
 from pykvm.kvm.exits import (
     HANDLERS,
@@ -158,6 +159,7 @@ def set_nr_mmu_pages(vm: Vm, count: int) -> int:
     with vm.slots_lock:
         vm.n_requested_mmu_pages = count
         vm.mmu.set_limit(count)
+    stats.refresh(vm)
     return 0
 
 

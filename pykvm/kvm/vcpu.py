@@ -16,7 +16,7 @@ from pykvm.abi import CData, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.ioctl import NoArg, vcpu_ioctl
 from pykvm.cpu import Cpu
-from pykvm.kvm import clock, cpuid, halt, msr_filter, quirks, regs, smm, steal_time
+from pykvm.kvm import clock, cpuid, dirty_ring, halt, msr_filter, quirks, regs, smm, steal_time
 from pykvm.kvm.clock import VcpuClock
 from pykvm.kvm.cpuid import GuestCpuid
 from pykvm.kvm.debug import GuestDebug
@@ -40,6 +40,7 @@ from pykvm.mmu import MemoryFault, VcpuStat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pykvm.kvm.dirty_ring import DirtyRing
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.slots import Memslots
 
@@ -105,6 +106,7 @@ class Vcpu:
         self.pic_in_kernel: bool = False
         self.events = Events()
         self.stat = VcpuStat()
+        self.dirty_ring: DirtyRing | None = None
         # Where the host refused an access of the guest's, and how far the guest had come.
         self.last_host_fault: tuple[int, int] | None = None
         self.apic_base = self._reset_apic_base()
@@ -183,7 +185,7 @@ class Vcpu:
             self.events.requested = True
         self.loaded_memslots = None
         self.cpu.flush_tlb()
-        self.vm.mmu.reset_context(self)
+        self.vm.mmu.paging_changed(self)
 
     def check_signal(self) -> None:
         """End KVM_RUN when a signal waits.
@@ -193,6 +195,7 @@ class Vcpu:
         """
         if signal_pending(self):
             self.kvm_run.exit_reason = _KVM_EXIT_INTR
+            self.stat.signal_exits += 1
             steal_time.set_preempted(self)
             raise KvmError(EINTR, "a signal is pending")
 
@@ -212,6 +215,7 @@ def run(vcpu: Vcpu) -> int:
                 registers there; cr8 above 15
         EINTR   a signal is pending (exit_reason KVM_EXIT_INTR), or immediate_exit is set
         EFAULT  guest memory that the host does not have (exit_reason KVM_EXIT_MEMORY_FAULT)
+        ENOSPC  shadow paging, and no shadow page is left
         EIO     an SMI, and no memory at SMBASE to save the state in: the VM is dead
     Source: api.rst 4.10 and 5; x86.c kvm_arch_vcpu_ioctl_run, vcpu_run, vcpu_enter_guest
     """
@@ -234,6 +238,9 @@ def run(vcpu: Vcpu) -> int:
             if kvm_run.kvm_valid_regs and rules.sync_regs:
                 regs.store_sync_regs(vcpu)
             post_run_save(vcpu)
+            vcpu.stat.host_state_reload += 1
+            for stats_file in vcpu.vm.stats_files:
+                stats_file.refresh()
     finally:
         _restore_signals(blocked)
         if trace.kvm_userspace_exit.enabled:
@@ -309,6 +316,9 @@ def _prepare_events(vcpu: Vcpu) -> bool:
     events = vcpu.events
     # First: what another thread asks for from now on is looked at again.
     events.requested = False
+    vcpu.stat.req_event += 1
+    if vcpu.dirty_ring is not None and dirty_ring.check_full(vcpu):
+        return False
     if events.triple_fault:
         events.triple_fault = False
         vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
@@ -336,6 +346,7 @@ def _open_window(vcpu: Vcpu) -> bool:
         return True
     if not events.in_flight and events.ready_for_interrupt_injection(vcpu):
         vcpu.kvm_run.exit_reason = _KVM_EXIT_IRQ_WINDOW_OPEN
+        vcpu.stat.request_irq_exits += 1
         return False
     events.set_control(vcpu, lib.CPU_EXIT_IRQ_WINDOW, on=True)
     return True

@@ -15,6 +15,8 @@ from pykvm.fd.table import File, anon_inode_getfd
 from pykvm.kvm import memslots
 from pykvm.kvm.caps import Args, capability, check_extension, vm_cap
 from pykvm.kvm.clock import VmClock
+from pykvm.kvm.dirty_ring import OFFSET as DIRTY_RING_OFFSET
+from pykvm.kvm.dirty_ring import make_ring
 from pykvm.kvm.profile import absent_requests
 from pykvm.kvm.vcpu import Vcpu
 from pykvm.mmu import new_mmu
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pykvm.kvm.msr_filter import MsrFilter
+    from pykvm.kvm.stats import StatsFile
     from pykvm.kvm.system import System
 
 PAGE_SIZE = 4096
@@ -98,6 +101,8 @@ class Vm:
         self.dirty_log_manual_protect = False
         self.dirty_log_initially_set = False
         # Bytes of each vCPU's dirty ring, 0: there are none.
+        self.dirty_ring_size = 0
+        self.stats_files: tuple[StatsFile, ...] = ()
         self.exception_payload_enabled = False
         self.triple_fault_event = False
         self.exit_on_emulation_error = False
@@ -208,7 +213,7 @@ class Vm:
         self.get()
         try:
             fd = anon_inode_getfd(
-                f"kvm-vcpu:{vcpu_id}", "vcpu", vcpu, VCPU_MMAP_SIZE, install=self._run_installer(vcpu)
+                f"kvm-vcpu:{vcpu_id}", "vcpu", vcpu, self._vcpu_file_size(), install=self._run_installer(vcpu)
             )
         except BaseException:
             self._run_memory.pop(vcpu_id, None)
@@ -219,11 +224,16 @@ class Vm:
         self.created_vcpus += 1
         return fd
 
+    def _vcpu_file_size(self) -> int:
+        return DIRTY_RING_OFFSET + self.dirty_ring_size if self.dirty_ring_size else VCPU_MMAP_SIZE
+
     def _run_installer(self, vcpu: Vcpu) -> Callable[[File], None]:
         def install(file: File) -> None:
             # The vCPU stays part of the VM when its descriptor is closed, and so must its kvm_run.
             self._run_memory[vcpu.id] = file.memory
             vcpu.run = ffi.cast("struct kvm_run *", file.memory)
+            if self.dirty_ring_size:
+                vcpu.dirty_ring = make_ring(vcpu, file.memory, self.dirty_ring_size)
 
         return install
 

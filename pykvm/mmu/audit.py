@@ -57,7 +57,7 @@ def _audit_page(mmu: Mmu, page: MmuPage, memslots: tuple[Memslots, ...]) -> Iter
         yield f"{_name(page)}: {page.unsync_children} unsync children, bitmap says otherwise"
     slots = memslots[int(page.role.smm)]
     for index, spte in enumerate(page.entries()):
-        if not sptes.is_shadow_present(spte):
+        if not spte & sptes.R:
             continue
         if sptes.is_last(spte, page.role.level):
             yield from _audit_leaf(mmu, page, index, spte, slots)
@@ -129,9 +129,8 @@ def _audit_access(page: MmuPage, index: int, spte: int) -> Iterator[str]:
 def _audit_counts(mmu: Mmu) -> Iterator[str]:
     leaves: Counter[int] = Counter()
     for page in mmu.pages:
-        for spte in page.entries():
-            if sptes.is_shadow_present(spte) and sptes.is_last(spte, page.role.level):
-                leaves[page.role.level] += 1
+        level = page.role.level
+        leaves[level] += sum(1 for spte in page.entries() if spte & sptes.R and sptes.is_last(spte, level))
     counted = (mmu.stat.pages_4k, mmu.stat.pages_2m, mmu.stat.pages_1g)
     for level, count in enumerate(counted, sptes.PG_LEVEL_4K):
         if leaves[level] != count:

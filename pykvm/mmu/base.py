@@ -192,13 +192,20 @@ class Mmu(abc.ABC):
 
     # ---- dirty logging ----
 
-    def mark_page_dirty(self, as_id: int, gfn: int) -> None:
+    def mark_page_dirty(self, as_id: int, gfn: int, vcpu: Vcpu | None = None) -> None:
         """Log a write that KVM itself did to a frame, after it is done."""
         # The slots as they are now: logging may have begun since the caller looked.
         slot = self._vm.memslots[as_id].gfn_to_memslot(gfn)
         if slot is not None and slot.logging:
             with self.lock:
-                slot.mark_page_dirty(gfn)
+                self.mark_page_dirty_in_slot(slot, gfn, vcpu)
+
+    def mark_page_dirty_in_slot(self, slot: Memslot, gfn: int, vcpu: Vcpu | None) -> None:
+        """Log a write, under the lock: in the slot's bitmap, or in the ring of the vCPU that writes."""
+        if slot.dirty_bitmap is not None:
+            slot.mark_page_dirty(gfn)
+        elif slot.logging and vcpu is not None and vcpu.dirty_ring is not None:
+            vcpu.dirty_ring.push(slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
 
     def take_dirty(self, slot: Memslot, bitmap: bytearray) -> bytes:
         """Return the bitmap, clear it and write-protect the pages in it; no write gets lost."""

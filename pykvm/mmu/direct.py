@@ -148,7 +148,7 @@ class TdpMmu(Mmu):
         self, vcpu: Vcpu, sptep: CData, spte: int, fault: PageFault, slot: Memslot
     ) -> RetPf:
         # The bit goes into the log before the guest can write: a reader of the log must not miss it.
-        slot.mark_page_dirty(fault.gfn)
+        self.mark_page_dirty_in_slot(slot, fault.gfn, vcpu)
         fixed = bool(lib.spte_cmpxchg(sptep, spte, spte | sptes.W))
         if trace.fast_page_fault.enabled:
             trace.fast_page_fault(vcpu=vcpu.id, addr=fault.gpa, old=spte, new=spte | sptes.W, fixed=fixed)
@@ -176,7 +176,7 @@ class TdpMmu(Mmu):
         # While the slot logs, only a write may map a page writable: it is the write that is logged.
         writable = host_writable and (fault.write or not slot.logging)
         if writable and slot.logging:
-            slot.mark_page_dirty(fault.gfn)
+            self.mark_page_dirty_in_slot(slot, fault.gfn, vcpu)
         level = fault.goal_level
         base = fault.gfn & ~(sptes.pages_per(level) - 1)
         spte = sptes.make_spte(slot.hva(base), level, writable=writable, host_writable=host_writable)

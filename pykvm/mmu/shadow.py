@@ -79,14 +79,17 @@ class ShadowMmu(Mmu):
         state, ctl = self.state(vcpu), vcpu.cpu.ctl
         ctl.mmio_gen_mask = sptes.MMIO_GEN_MASK
         ctl.mmio_gen = self.mmio_generation(self.memslots(vcpu))
-        if state.root is not None and not state.root.obsolete:
+        paging, smm = self.paging(vcpu), bool(vcpu.as_id)
+        if state.root is not None and state.root.is_of(paging, smm):
             return
         cache = self.cache(vcpu)
         cache.topup()
         with self.lock:
             self._put_roots(state, obsolete_only=True)
-            self._make_pages_available()
-            state.root = alloc_root(self.tables, self.paging(vcpu), bool(vcpu.as_id), cache)
+            self._switch_root(state, paging, smm)
+            if state.root is None:
+                self._make_pages_available()
+                state.root = alloc_root(self.tables, paging, smm, cache)
             self._sync_root(state.root)
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=False)
@@ -125,14 +128,10 @@ class ShadowMmu(Mmu):
     def new_cr3(self, vcpu: Vcpu) -> None:
         """The guest flushed its TLB: take the root from the last few if it is there, and sync it."""
         vcpu.stat.tlb_flush += 1
-        state, paging, smm = self.state(vcpu), self.paging(vcpu), bool(vcpu.as_id)
+        state = self.state(vcpu)
+        old = state.root
         with self.lock:
-            old = state.root
-            if old is None or not old.is_of(paging, smm):
-                state.root = state.take(paging, smm)
-                if old is not None:
-                    for gone in state.push(old):
-                        put_root(self.tables, gone)
+            self._switch_root(state, self.paging(vcpu), bool(vcpu.as_id))
             if state.root is not None:
                 self._sync_root(state.root)
             zapped = self.pages.take_zapped()
@@ -142,6 +141,16 @@ class ShadowMmu(Mmu):
         elif state.root is not old:
             ctl = vcpu.cpu.ctl
             ctl.eptp, ctl.ept_level = state.root.eptp, state.root.level
+
+    def _switch_root(self, state: VcpuMmu, paging: Paging, smm: bool) -> None:
+        """fast_pgd_switch(): keep the current root or take one of the last few; None: it has to be made."""
+        old = state.root
+        if old is not None and old.is_of(paging, smm):
+            return
+        state.root = state.take(paging, smm)
+        if old is not None:
+            for gone in state.push(old):
+                put_root(self.tables, gone)
 
     def paging_changed(self, vcpu: Vcpu) -> None:
         """CR0, CR4 or EFER changed what tables mean: another root, or one of the last few."""
@@ -283,7 +292,7 @@ class ShadowMmu(Mmu):
             return None
         if spte & sptes.PFN_MASK != slot.hva(found.gfn):
             return None
-        slot.mark_page_dirty(found.gfn)
+        self.mark_page_dirty_in_slot(slot, found.gfn, vcpu)
         fixed = bool(lib.spte_cmpxchg(page.spt + index, spte, spte | sptes.W))
         if trace.fast_page_fault.enabled:
             trace.fast_page_fault(vcpu=vcpu.id, addr=gla, old=spte, new=spte | sptes.W, fixed=fixed)
@@ -363,7 +372,7 @@ class ShadowMmu(Mmu):
             page, index, gfn, access, slot, host_writable=host_writable, writable=writable
         )
         if slot.logging and page.view[index] & sptes.W:
-            slot.mark_page_dirty(found.gfn)
+            self.mark_page_dirty_in_slot(slot, found.gfn, vcpu)
         if protected and want.write:
             return RetPf.WRITE_PROTECTED, flush
         if not changed:

@@ -42,7 +42,7 @@ class VmStat:
 
 @dataclasses.dataclass(slots=True)
 class VcpuStat:
-    """What the module counts for a vCPU."""
+    """What the module counts for a vCPU, the MMU's first."""
 
     pf_taken: int = 0
     pf_fixed: int = 0
@@ -53,3 +53,28 @@ class VcpuStat:
     pf_guest: int = 0
     tlb_flush: int = 0
     invlpg: int = 0
+    signal_exits: int = 0
+    request_irq_exits: int = 0
+    host_state_reload: int = 0
+    req_event: int = 0
+    halt_wakeup: int = 0
+    halt_wait_ns: int = 0
+    blocking: int = 0
+    directed_yield_attempted: int = 0
+    directed_yield_successful: int = 0
+    preemption_reported: int = 0
+    preemption_other: int = 0
+    guest_mode: int = 0
+
+
+MMU_VCPU_STATS = (
+    "pf_taken",
+    "pf_fixed",
+    "pf_emulate",
+    "pf_spurious",
+    "pf_fast",
+    "pf_mmio_spte_created",
+    "pf_guest",
+    "tlb_flush",
+    "invlpg",
+)

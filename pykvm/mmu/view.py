@@ -12,7 +12,7 @@ from pykvm.mmu.audit import audit
 from pykvm.mmu.direct import TdpMmu
 from pykvm.mmu.guest import GuestTables
 from pykvm.mmu.shadow import ShadowMmu
-from pykvm.mmu.stat import VcpuStat
+from pykvm.mmu.stat import MMU_VCPU_STATS
 from pykvm.mmu.walk import Access, Fault, Paging, Walk
 
 if TYPE_CHECKING:
@@ -207,6 +207,6 @@ class MmuView:
     def stat(self) -> dict[str, int]:
         """Return the MMU's statistics by KVM's names: the VM's, and the sum of its vCPUs'."""
         stat = dataclasses.asdict(self._vm.mmu.stat)
-        for field in dataclasses.fields(VcpuStat):
-            stat[field.name] = sum(getattr(vcpu.stat, field.name) for vcpu in self._vm.vcpus.values())
+        for name in MMU_VCPU_STATS:
+            stat[name] = sum(getattr(vcpu.stat, name) for vcpu in self._vm.vcpus.values())
         return stat

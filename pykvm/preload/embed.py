@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import traceback
-from errno import EBADF, EIO, ENOTTY
+from errno import EBADF, EINTR, EIO, ENOTTY
 from typing import TYPE_CHECKING, Any
 
 from pykvm import device as _device  # noqa: F401  fills the registry
@@ -123,6 +123,10 @@ class _Shim:
             if number in {ENOTTY, EBADF} and not table.is_ours(fd):
                 return NOT_OURS
             return -number
+        except BaseException as error:
+            if not _raise_again(error):
+                raise
+            return -EINTR
 
     def guard_action(self) -> int:
         """Return the address of cpu_guard_action()."""
@@ -144,6 +148,26 @@ class _Shim:
         with self._lock:
             merged = _merged(span for vm in live_vms() for span in hva_ranges(vm))
             self._set_ranges(self._ffi.new("struct embed_range[]", merged), len(merged))
+
+
+def _raise_again(error: BaseException) -> bool:
+    """Raise the signal whose handler raised `error`; False when none did.
+
+    Only when the program is a Python one, in its main thread, and another thread took the signal: then
+    the interpreter calls the handler in the middle of us.  Signals are blocked here: it comes when the
+    call is over, where the program expects its exception.
+    """
+    # Not before: in a program that is not Python, importing it installs a handler for SIGINT.
+    import signal  # noqa: PLC0415
+
+    codes = {getattr(signal.getsignal(number), "__code__", None): number for number in signal.valid_signals()}
+    walked = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    raised = [codes[code] for code in walked if code in codes]
+    if isinstance(error, KeyboardInterrupt):
+        raised.insert(0, signal.SIGINT)
+    if raised:
+        signal.raise_signal(raised[0])
+    return bool(raised)
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

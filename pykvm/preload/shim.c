@@ -581,13 +581,27 @@ EXPORT int tcgetattr(int fd, struct termios *mode)
     return is_no_terminal(fd) ? -1 : REAL(tcgetattr)(fd, mode);
 }
 
+#define DIRTY_RING_OFFSET (64 << 12)
+
+/* Whether the first or the last page is one of the vCPU's dirty ring. */
+static bool maps_dirty_ring(int fd, off64_t offset, size_t size)
+{
+    off64_t last = offset + (off64_t)(size - 1);
+    struct stat st;
+
+    return raw_fstat(fd, &st) && ((offset >= DIRTY_RING_OFFSET && offset < st.st_size) ||
+                                  (last >= DIRTY_RING_OFFSET && last < st.st_size));
+}
+
 /* 0, or the errno that mmap() of one of our descriptors fails with. */
-static int mmap_error(int prot, int flags, int fd)
+static int mmap_error(int prot, int flags, int fd, off64_t offset, size_t size)
 {
     enum fd_kind kind = flags & MAP_ANONYMOUS ? NOT_OURS : kind_of(fd);
 
     if (kind == SYSTEM || kind == VM)
         return ENODEV;
+    if (kind == VCPU && (flags & MAP_TYPE) == MAP_PRIVATE && maps_dirty_ring(fd, offset, size))
+        return EINVAL;
     /* Linux 6.16: anonymous inodes are noexec. */
     return kind == VCPU && prot & PROT_EXEC ? EPERM : 0;
 }
@@ -595,7 +609,7 @@ static int mmap_error(int prot, int flags, int fd)
 #define MMAP(name, offset_type)                                                                    \
     EXPORT void *name(void *address, size_t size, int prot, int flags, int fd, offset_type offset) \
     {                                                                                              \
-        int error = mmap_error(prot, flags, fd);                                                   \
+        int error = mmap_error(prot, flags, fd, offset, size);                                     \
                                                                                                    \
         if (error) {                                                                               \
             errno = error;                                                                         \

@@ -1,4 +1,4 @@
-"""Guests to boot: Debian's kernel and a busybox, fetched once, and the initramfs around them."""
+"""Guests to boot: Debian's kernel, a busybox and firmware, fetched once, and initramfs archives."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ FETCH = "python -m tests.clients.linux_boot --fetch"
 KERNEL = GUESTS / "vmlinuz"
 BUSYBOX = GUESTS / "busybox"
 MODULES = GUESTS / "modules"
+# UEFI firmware: its code, and the flash with its variables.
+OVMF_CODE, OVMF_VARS = GUESTS / "OVMF_CODE.fd", GUESTS / "OVMF_VARS.fd"
 # Of the kernel's modules: algorithms that are tested when they are loaded, and tests.
 _WANTED_MODULES = ("kernel/arch/x86/crypto", "kernel/crypto", "kernel/lib")
 
@@ -32,12 +34,12 @@ class CannotRunError(Exception):
 
 
 def are_fetched() -> bool:
-    """Say if kernel, modules and busybox are there."""
-    return KERNEL.exists() and BUSYBOX.exists() and MODULES.exists()
+    """Say if everything is there."""
+    return all(path.exists() for path in (KERNEL, BUSYBOX, OVMF_CODE, OVMF_VARS, MODULES))
 
 
 def fetch() -> None:
-    """Get kernel and busybox from Debian's archive, unless they are there."""
+    """Get kernel, busybox and firmware from Debian's archive, unless they are there."""
     if are_fetched():
         return
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
@@ -46,7 +48,7 @@ def fetch() -> None:
     with tempfile.TemporaryDirectory(dir=GUESTS) as scratch:
         directory = Path(scratch)
         done = subprocess.run(
-            ["apt-get", "download", _kernel_package(), "busybox-static"],
+            ["apt-get", "download", _kernel_package(), "busybox-static", "ovmf"],
             cwd=directory, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
@@ -56,6 +58,8 @@ def fetch() -> None:
             subprocess.run(["dpkg-deb", "-x", package, root], check=True)
         shutil.copy(next((root / "boot").glob("vmlinuz-*")), KERNEL)
         shutil.copy(root / "bin/busybox", BUSYBOX)
+        for path in (OVMF_CODE, OVMF_VARS):
+            shutil.copy(root / "usr/share/OVMF" / path.name, path)
         _keep_modules(next((root / "lib/modules").iterdir()))
 
 

@@ -1,7 +1,7 @@
 """Boot Debian's stock kernel with QEMU, on pykvm and on TCG: ``python -m tests.clients.linux_boot``.
 
-The kernel is that of the package linux-image-amd64, user space is a busybox-static; both are fetched once
-with ``apt-get download``, into build/guests.  A run goes from the firmware to the shell's prompt on the
+The kernel is that of the package linux-image-amd64, user space is a busybox-static, firmware is QEMU's SeaBIOS
+or the OVMF of the package ovmf; they are fetched once with ``apt-get download``, into build/guests.  A run goes from the firmware to the shell's prompt on the
 serial console, runs a few commands, and powers off.
 
 What must hold: the kernel prints no message on pykvm that it does not print on TCG, numbers and names of the
@@ -16,7 +16,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from tests.clients.guests import KERNEL, CannotRunError, Initramfs, fetch
+from tests.clients.guests import KERNEL, OVMF_CODE, OVMF_VARS, CannotRunError, Initramfs, fetch
 from tests.clients.qemu import Console, ConsoleError, command, is_there, kernel_messages, without_numbers
 
 if TYPE_CHECKING:
@@ -56,11 +56,18 @@ class Machine(NamedTuple):
     own_cpu: bool = False
 
 
+def _flash(path: Path, how: str) -> tuple[str, str]:
+    return "-drive", f"if=pflash,format=raw,{how}=on,file={path}"
+
+
 MACHINES = {
     "kvm": Machine(("-M", "pc"), told=True),
     "plain": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off")),
     "q35": Machine(("-M", "q35", "-cpu", "qemu64,kvm=off")),
     "max": Machine(("-M", "pc", "-cpu", "max,kvm=off"), own_cpu=True),
+    "efi": Machine(
+        ("-M", "pc", "-cpu", "qemu64,kvm=off", *_flash(OVMF_CODE, "readonly"), *_flash(OVMF_VARS, "snapshot"))
+    ),
     "shadow": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off"), extensions=("no-tdp",)),
 }
 DEFAULT_MACHINES = ("kvm", "plain")
@@ -182,7 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.clients.linux_boot", description=__doc__)
     names = f"{', '.join(MACHINES)}; default: {' '.join(DEFAULT_MACHINES)}"
     parser.add_argument("machines", nargs="*", metavar="MACHINE", help=names)
-    parser.add_argument("--fetch", action="store_true", help="only fetch the kernel and busybox")
+    parser.add_argument("--fetch", action="store_true", help="only fetch what is booted")
     arguments = parser.parse_args()
     if unknown := set(arguments.machines) - set(MACHINES):
         parser.error(f"no machine {', '.join(sorted(unknown))}")

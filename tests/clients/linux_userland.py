@@ -7,6 +7,7 @@ Boots Debian's kernel as linux_boot does, with every feature of the processor (-
                BPF compiler's test suite, RAID 6, user access
     workload   runs workload.py with this machine's Python and OpenSSL, in the guest and here: every line has
                to be the same
+    script     runs workload.js with this machine's node, if there is one: a just-in-time compiler
 
 Exit status: 0 all is well, 1 something is not, 2 cannot run.
 """
@@ -24,12 +25,12 @@ from tests.clients.guests import MODULES, CannotRunError, Initramfs, fetch
 from tests.clients.linux_boot import BOOT_TIMEOUT, MACHINES, PROMPT, is_trouble, start
 from tests.clients.qemu import Console, ConsoleError, is_there, kernel_messages
 
-WORKLOAD = Path(__file__).parent / "workload.py"
+HERE = Path(__file__).parent
 PYTHON = Path("/usr/bin/python3")
 TIMEOUT = 900
 # Modules that are there to make errors, or that want more than we have.
 _LEFT_OUT = {"tcrypt", "crypto_user", "test_firmware"}
-_FAILED = re.compile(r"alg: .*(fail|mismatch)|[1-9]\d* FAILED|test_\w+: .*fail")
+_FAILED = re.compile(r"alg: .*(fail|mismatch)|[1-9]\d* FAILED|FAIL \(|test_\w+: .* failed")
 
 
 def kernel_tests() -> bool:
@@ -54,27 +55,13 @@ def kernel_tests() -> bool:
 
 
 def workload() -> bool:
-    """Run the workload in a guest and here; print what is different."""
+    """Run the Python workload in a guest and here; print what is different."""
     if not PYTHON.exists() or shutil.which("openssl") is None:
         raise CannotRunError("the workload needs Debian's python3 and openssl")
     program = PYTHON.resolve()
-    done = subprocess.run([program, WORKLOAD], capture_output=True, text=True, check=True)
-    with start("pykvm", MACHINES["max"], _user_space(program), megabytes=1024) as console:
-        text = _ask(console, f"{program} /workload.py; echo end of it", "\nend of it")
-    expected, printed = done.stdout.splitlines(), set(text.splitlines())
-    different = [line for line in expected if line not in printed]
-    print(f"workload: {len(expected)} results")
-    for line in different:
-        print(f"  not in the guest: {line}")
-    if different:
-        print(text[text.index("/workload.py") :][-3000:])
-    return not different
-
-
-def _user_space(program: Path) -> Path:
     archive = Initramfs()
     library = Path("/usr/lib") / program.name
-    for path in (program, Path(shutil.which("openssl") or ""), *library.glob("lib-dynload/*.so")):
+    for path in (Path(shutil.which("openssl") or ""), *library.glob("lib-dynload/*.so")):
         archive.program(path)
     for path in library.rglob("*.py"):
         if not {"test", "idlelib", "lib2to3", "dist-packages"} & set(path.parts):
@@ -82,8 +69,33 @@ def _user_space(program: Path) -> Path:
     for path in (Path("/etc/ssl/openssl.cnf"), Path("/usr/lib/ssl/openssl.cnf")):
         if path.exists():
             archive.copy(path)
-    archive.copy(WORKLOAD, "workload.py")
-    return archive.write("userland.cpio")
+    return _same_in_a_guest("workload", archive, program, HERE / "workload.py")
+
+
+def script() -> bool:
+    """Run the JavaScript workload in a guest and here; print what is different."""
+    node = shutil.which("node")
+    if node is None:
+        print("script: left out, there is no node here")
+        return True
+    return _same_in_a_guest("script", Initramfs(), Path(node), HERE / "workload.js")
+
+
+def _same_in_a_guest(name: str, archive: Initramfs, program: Path, source: Path) -> bool:
+    """Run a program with a source file in a guest and here; say if it prints the same."""
+    done = subprocess.run([program, source], capture_output=True, text=True, check=True)
+    archive.program(program)
+    archive.copy(source, source.name)
+    with start("pykvm", MACHINES["max"], archive.write("userland.cpio"), megabytes=1536) as console:
+        text = _ask(console, f"{program} /{source.name}; echo end of it", "\nend of it")
+    expected, printed = done.stdout.splitlines(), set(text.splitlines())
+    different = [line for line in expected if line not in printed]
+    print(f"{name}: {len(expected)} results")
+    for line in different:
+        print(f"  not in the guest: {line}")
+    if different:
+        print(text[text.index(f"/{source.name}") :][-3000:])
+    return not different
 
 
 def _ask(console: Console, line: str, end: str) -> str:
@@ -94,7 +106,7 @@ def _ask(console: Console, line: str, end: str) -> str:
     return console.text
 
 
-PARTS = {"kernel": kernel_tests, "workload": workload}
+PARTS = {"kernel": kernel_tests, "workload": workload, "script": script}
 
 
 def run(parts: list[str]) -> bool:

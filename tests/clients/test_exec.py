@@ -842,6 +842,38 @@ def test_a_python_program_of_the_same_version(tmp_path: Path) -> None:
     assert passes(sys.executable, script) == "done\n"
 
 
+PYTHON_HANDLERS = """
+import fcntl, mmap, os, signal, threading, time, ctypes, struct
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, 0xAE01, 0)
+memory = mmap.mmap(-1, 4096)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+fcntl.ioctl(vm, 0x4020AE46, struct.pack("<IIQQQ", 0, 0, 0xFFFFF000, 4096, address))
+memory[0xFF0:0xFF2] = b"\\xeb\\xfe"
+vcpu = fcntl.ioctl(vm, 0xAE41, 0)
+class Mine(Exception):
+    pass
+def handler(number, frame):
+    raise Mine(number)
+signal.signal(signal.SIGALRM, handler)
+for number, expected in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGALRM, Mine)) * 3:
+    # The process's signal: the thread that runs the guest blocks it, this one takes it.
+    other = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    other.start()
+    try:
+        fcntl.ioctl(vcpu, 0xAE80, 0)
+    except expected:
+        print("raised")
+    other.join()
+"""
+
+
+def test_what_a_python_programs_signal_handler_raises_arrives(tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(PYTHON_HANDLERS)
+    assert passes(sys.executable, script) == "raised\n" * 6
+
+
 def test_a_python_of_another_version_is_not_started(compile_c: Compile) -> None:
     body = "int Py_IsInitialized(void) { return 0; } int main(void) { return 0; }"
     not_started(

@@ -538,12 +538,12 @@ def differences(m: Machine, end: End, skip: tuple[int, int] = (0, 0)) -> list[st
     if ours != theirs:
         for at in range(0, len(ours), 8):
             a, b = ours[at : at + 8], theirs[at : at + 8]
-            if a != b and not _is_missing_rf(a, b):
+            if a != b and not _is_missing_rf(bytes(a), bytes(b)):
                 found.append(f"[{at:#x}]: {a.hex()}, TCG {b.hex()}")
     return found
 
 
-def _is_missing_rf(ours: bytes | bytearray, theirs: bytes | bytearray) -> bool:
+def _is_missing_rf(ours: bytes, theirs: bytes) -> bool:
     """TCG 7.2 pushes the RF of faults as it was: SDM vol. 3 17.3.1.1 has it set."""
     return [a ^ b for a, b in zip(ours, theirs, strict=True) if a != b] == [1] and sum(ours) == sum(
         theirs

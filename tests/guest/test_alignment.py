@@ -5,6 +5,8 @@ Source: SDM vol. 3 2.5 (AM), 6.15 interrupt 17 and table 6-7; vol. 2 by instruct
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pykvm.abi import lib
@@ -127,7 +129,8 @@ def test_stack(m: Machine, source: str) -> None:
     ],
 )  # fmt: skip
 def test_strings(m: Machine, source: str, register: str) -> None:
-    start(m, source, **{register: DATA + 1, "rcx": 5})  # type: ignore[arg-type]
+    registers: dict[str, Any] = {register: DATA + 1, "rcx": 5}
+    start(m, source, **registers)
     faults(m, AC_VECTOR)
     assert (m.reg("rcx"), m.reg(register)) == (5, DATA + 1)
     start(m, source, rcx=5)

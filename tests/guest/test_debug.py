@@ -51,9 +51,9 @@ def log(m: Machine) -> list[tuple[int, bool, int]]:
     return [(rip - CODE, bool(flags & RF), dr6 ^ 0xFFFF0FF0) for rip, flags, dr6 in entries]
 
 
-def serve_io(m: Machine) -> list[tuple[int, int, int]]:
+def serve_io(m: Machine) -> list[tuple[int, int, bool]]:
     """Run to the HLT; what was at ports: (port, size, is an input).  Inputs get 0x11, 0x22, ..."""
-    seen = []
+    seen: list[tuple[int, int, bool]] = []
     while (reason := m.run()) == lib.EXIT_IO:
         io = m.exit.io
         inward = bool(getattr(io, "in"))
@@ -65,7 +65,7 @@ def serve_io(m: Machine) -> list[tuple[int, int, int]]:
         elif not io.string:
             m.ctl.pio_out_done = 1
     assert reason == lib.EXIT_HLT
-    return seen  # type: ignore[return-value]
+    return seen
 
 
 # ---- I/O breakpoints

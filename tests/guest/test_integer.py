@@ -34,6 +34,7 @@ def start(m: Machine, source: str, mode: str = "real", **registers: int) -> None
 
 
 @pytest.mark.spec("cpu.muldiv", "cpu.isa_bcd_misc")
+@pytest.mark.tcg_differs("LOCK MOV is taken: SDM vol. 2 LOCK")
 @pytest.mark.parametrize("mode", ["real", "prot32"])
 @pytest.mark.parametrize(
     ("source", "vector"),
@@ -154,6 +155,7 @@ JMP, JMP_EAX, CALL = (
 
 
 @pytest.mark.spec("cpu.real_mode")
+@pytest.mark.tcg_differs("no limits: SDM vol. 3 5.3")
 @pytest.mark.parametrize("source", [JMP, JMP_EAX, CALL], ids=["jmp", "jmp eax", "call"])
 def test_branch_beyond_the_limit_of_cs_is_gp_at_the_branch(m: Machine, source: str) -> None:
     start(m, source, rax=0x10000)
@@ -218,6 +220,7 @@ def test_locked_instructions_are_atomic_between_processors(source: str, result: 
 
 
 @pytest.mark.spec("cpu.rdrand")
+@pytest.mark.tcg_differs("other numbers")
 @pytest.mark.parametrize("name", ["rdrand", "rdseed"])
 def test_random_numbers(m: Machine, name: str) -> None:
     start(m, f"{name} rax; pushfq; pop r8; {name} rbx; {name} ecx; {name} dx; hlt", "long64",

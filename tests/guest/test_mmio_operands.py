@@ -109,6 +109,7 @@ CASES = [
 
 
 @pytest.mark.spec("cpu.string_mmio", "cpu.page_crossing")
+@pytest.mark.tcg_differs("other values of undefined flags: SDM vol. 2 SHL, IMUL, MUL")
 @pytest.mark.parametrize(("source", "accesses"), CASES, ids=[c[0] for c in CASES])
 def test_each_access_once(source: str, accesses: list[tuple[int, int, bool]]) -> None:
     on_ram, on_device = Machine(), Machine()

@@ -331,6 +331,7 @@ def test_non_canonical_addresses(m: Machine, source: str, vector: int) -> None:
 
 
 @pytest.mark.spec("cpu.long_mode")
+@pytest.mark.tcg_differs("no limits: SDM vol. 3 5.3")
 def test_compatibility_mode_is_32_bit_protected_mode_with_long_tables(m: Machine) -> None:
     """Bases, limits and 32-bit registers as there; interrupts and gates as in 64-bit mode."""
     m.asm("mov eax, ds:[0x10]; dec ecx; inc edx; bad: mov bl, ds:[0x1000]", CODE, 32)

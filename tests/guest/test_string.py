@@ -144,6 +144,7 @@ def test_real_mode_offsets_wrap(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.string_rep", "cpu.unreal")
+@pytest.mark.tcg_differs("no limits: SDM vol. 3 5.3")
 def test_address_size_prefix_in_real_mode_needs_the_limit(m: Machine) -> None:
     start(m, "addr32 rep movsb; hlt", "real", rsi=0x10_0000, rdi=0x18_0000, rcx=0x1_0001)
     m.load(SRC, pattern(0x10001))

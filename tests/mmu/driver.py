@@ -397,7 +397,12 @@ class Driver:
                 run = vcpu.kvm_run
                 assert error.errno == 14, error
                 assert run.exit_reason == uapi.KVM_EXIT_MEMORY_FAULT
-                return Outcome("efault", address=int(run.memory_fault.gpa))
+                outcome = Outcome("efault", address=int(run.memory_fault.gpa))
+                if user:
+                    # Back to CPL 0; the instruction stays undone.
+                    vcpu.regs.rip = self.labels["u_exit"]
+                    assert vcpu.run() == Hlt()
+                return outcome
             if isinstance(found, Mmio):
                 mmio = found.phys_addr
                 value = int.from_bytes(found.data, "little")

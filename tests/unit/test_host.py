@@ -252,6 +252,33 @@ def test_without_another_handler_the_process_dies_of_the_signal() -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
+FAULTHANDLER = """
+    import ctypes, faulthandler, sys, time
+    from tests.unit.test_host import CODE_LA, FLAT, PROT_NONE, UD2, Machine, protect
+    m = Machine()
+    m.put(CODE_LA, bytes.fromhex("8b03") + UD2)  # mov eax, [ebx]
+    m.load(FLAT)
+    if sys.argv[1] == "disable":
+        faulthandler.disable()
+    else:
+        faulthandler.enable()
+    time.sleep(0.01)
+    protect(m.hva + 0x5000, PROT_NONE)
+    assert m.run(CODE_LA, 0x5000).what == "host-fault"
+    ctypes.string_at(0x123000)
+"""
+
+
+@pytest.mark.parametrize("how", ["enable", "disable"])
+def test_a_handler_that_comes_later_does_not_take_our_faults(how: str) -> None:
+    # -X faulthandler: there before the processor, so that disable() takes the signals away, too.
+    flags = ["-X", "faulthandler"] if how == "disable" else []
+    line = [sys.executable, *flags, "-c", textwrap.dedent(FAULTHANDLER), how]
+    done = subprocess.run(line, check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stderr.count("Fatal Python error") == (how == "enable"), done.stderr
+
+
 # ---- probing ----------------------------------------------------------------------------------------
 
 
