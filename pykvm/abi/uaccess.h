@@ -30,8 +30,8 @@ struct memory_file {
 int file_queue(void);
 /* Makes a file of `size` bytes that cannot be resized.  `name` is what /proc/self/fd shows.  readonly: so is
  * the descriptor; `memory` is writable all the same.  0, or -1 and errno. */
-int file_create(struct memory_file *file, const char *name, uint64_t size, int cloexec, int readonly,
-                int queue);
+int file_create(struct memory_file *file, const char *name, uint64_t size, int cloexec,
+                int readonly, int queue);
 void file_unmap(void *memory, uint64_t size);
 /* Fills in the `watch` of at most `max` files that have neither a descriptor nor a mapping left, in
  * any process (the mapping `memory` does not count).  Does not wait.  Returns how many; -1 when
