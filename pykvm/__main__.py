@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +17,9 @@ from rich.table import Table
 import pykvm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from pykvm.client import Vm
     from pykvm.run import Result
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -47,6 +50,25 @@ def personality(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _seconds(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...]:
+    from pykvm.mmu.recorder import parse_times
+
+    try:
+        return parse_times(text) if text else ()
+    except ValueError:
+        raise click.BadParameter("one number of seconds, or two that rise: 5 or 5,20") from None
+
+
+def mmu_page(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --mmu and --mmu-at to a verb."""
+    times = "when, in seconds from the first vCPU on; two moments show what changed between them"
+    command = click.option("--mmu-at", metavar="SECONDS[,SECONDS]", callback=_seconds, help=times)(command)
+    text = "write the guest's and the MMU's page tables as an HTML page"
+    return click.option("--mmu", "mmu_file", metavar="FILE", type=click.Path(dir_okay=False), help=text)(
+        command
+    )
+
+
 # ---- run ---------------------------------------------------------------------------------------------
 
 
@@ -57,6 +79,7 @@ def personality(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--timeout", type=click.FloatRange(min=0), help="stop after so many seconds")
 @click.option("--device", help="use this real device, /dev/kvm, instead of the fake one")
 @click.option("--no-tdp", is_flag=True, help="shadow paging instead of two-dimensional paging")
+@mmu_page
 @personality
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
 def run(
@@ -66,6 +89,8 @@ def run(
     timeout: float | None,
     device: str | None,
     no_tdp: bool,
+    mmu_file: str | None,
+    mmu_at: tuple[float, ...],
     kernel: str | None,
     cpu: str | None,
     as_json: bool,
@@ -76,14 +101,20 @@ def run(
     pykvm run
     pykvm run kernel.elf --memory 256
     pykvm run --cpu epyc
+    pykvm run kernel.elf --no-tdp --mmu tables.html --mmu-at 0.5
     """
     from pykvm import run as machine
+
+    if device and mmu_file:
+        raise click.UsageError("--mmu needs the fake device: the kernel does not show its tables")
 
     write = (lambda _: None) if as_json else _write_console
     try:
         loaded = machine.load_image(image, rom=rom) if image else machine.default_image()
         with pykvm.Kvm(device, tdp=not no_tdp, kernel=kernel, cpu=cpu) as kvm:
-            result = machine.Machine(kvm, loaded, mib << 20, write).run(timeout)
+            vm = machine.Machine(kvm, loaded, mib << 20, write)
+            with _recorded(vm.vm, mmu_file, mmu_at, loaded.name):
+                result = vm.run(timeout)
     except machine.ImageError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
@@ -93,6 +124,20 @@ def run(
     else:
         _print_result(result)
     sys.exit(result.status)
+
+
+@contextlib.contextmanager
+def _recorded(vm: Vm, path: str | None, times: tuple[float, ...], title: str) -> Iterator[None]:
+    """Write the page of a VM's MMU, if that is wanted, as it is when the block ends."""
+    from pykvm.mmu.recorder import Recorder
+
+    if path is None:
+        yield
+        return
+    recorder = Recorder(vm.mmu.snapshot, path, times, title)
+    recorder.start(to_the_end=True)
+    yield
+    recorder.finish()
 
 
 def _write_console(text: str) -> None:
@@ -124,17 +169,32 @@ def _print_result(result: Result) -> None:
 @click.option(
     "--extension", "extensions", multiple=True, help="offer an extension of pykvm's, such as x86-osi"
 )
+@mmu_page
 @personality
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def exec_(extensions: tuple[str, ...], kernel: str | None, cpu: str | None, command: tuple[str, ...]) -> None:
+def exec_(
+    extensions: tuple[str, ...],
+    mmu_file: str | None,
+    mmu_at: tuple[float, ...],
+    kernel: str | None,
+    cpu: str | None,
+    command: tuple[str, ...],
+) -> None:
     """Run a program with /dev/kvm replaced by pykvm, in its own process.
 
     \b
     pykvm exec -- ./vmm --memory 128
     pykvm exec --kernel 5.10 --cpu skylake -- ./vmm
+    pykvm exec --mmu tables.html --mmu-at 5,20 -- ./vmm
     """
+    from pykvm.mmu import recorder
     from pykvm.preload import launcher
 
+    if mmu_file:
+        if not mmu_at:
+            raise click.UsageError("--mmu needs --mmu-at: nobody knows when a program ends")
+        os.environ[recorder.FILE] = str(Path(mmu_file).absolute())
+        os.environ[recorder.TIMES] = ",".join(map(str, mmu_at))
     sys.exit(launcher.run(list(command), extensions=frozenset(extensions), kernel=kernel, cpu=cpu))
 
 

@@ -83,7 +83,9 @@ check_mmio_spte = Tracepoint("check_mmio_spte", "spte {spte:x} kvm_gen {gen:x} v
 fast_page_fault = Tracepoint(
     "fast_page_fault", "vcpu {vcpu} gva {addr:x} old {old:#x} new {new:x} fixed {fixed}"
 )
-# The one the kernel does not have: every call with its answer, and why it was refused.
+# The two the kernel does not have: how far the load of a root or a page fault has come, by the names of
+# mmu.c's functions; and every call with its answer, and why it was refused.
+mmu_step = Tracepoint("mmu_step", "vcpu {vcpu} gfn {gfn:x} {step}")
 kvm_ioctl = Tracepoint("kvm_ioctl", "fd {fd} {kind} {name} arg {arg:#x} = {result}")
 
 TRACEPOINTS = {point.name: point for point in list(globals().values()) if isinstance(point, Tracepoint)}

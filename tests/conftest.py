@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,16 +15,34 @@ NewMachine = Callable[..., Machine]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --real and --tcg."""
+    """Add --real, --exec and --tcg."""
     parser.addoption("--real", action="store_true", help="also test the real /dev/kvm, as the reference")
+    parser.addoption(
+        "--exec", action="store_true", help="only ABI tests, in here: under `pykvm exec -- pytest`"
+    )
     parser.addoption("--tcg", action="store_true", help="compare guests with QEMU's TCG (tests/guest)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what uses `backend` on pykvm, and with --real on the kernel's device."""
     if "backend" in metafunc.fixturenames:
-        names = ["pykvm", "real"] if metafunc.config.getoption("--real") else ["pykvm"]
-        metafunc.parametrize("backend", names, indirect=True)
+        metafunc.parametrize("backend", _backends(metafunc.config), indirect=True)
+
+
+def _backends(config: pytest.Config) -> list[str]:
+    if config.getoption("--exec"):
+        if "libpykvm-preload" not in os.environ.get("LD_PRELOAD", ""):
+            raise pytest.UsageError("--exec is for a pytest that `pykvm exec` runs")
+        return ["exec"]
+    return ["pykvm", "real"] if config.getoption("--real") else ["pykvm"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --exec, leave out what does not say where its device is."""
+    if config.getoption("--exec"):
+        left_out = [item for item in items if "backend" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pykvm import doc
+from tests.mmu import walkthrough
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 
 
-def parts() -> dict[str, tuple[str, str]]:
-    """Return file, name of the markers, and what belongs between them."""
+def parts() -> dict[tuple[str, str], Callable[[], str]]:
+    """Return what belongs where, by file and name of the markers."""
+    walks = ("tdp", *walkthrough.SHOWN)
     return {
-        "docs/ioctls.md": ("ioctls", doc.markdown(doc.ioctl_rows(), doc.HEAD)),
-        "docs/insns.md": ("insns", doc.markdown(doc.insn_rows(), doc.INSN_HEAD)),
-        "docs/profiles.md": ("profiles", doc.profiles()),
-        "README.md": ("status", doc.summary()),
+        ("docs/ioctls.md", "ioctls"): lambda: doc.markdown(doc.ioctl_rows(), doc.HEAD),
+        ("docs/insns.md", "insns"): lambda: doc.markdown(doc.insn_rows(), doc.INSN_HEAD),
+        ("docs/profiles.md", "profiles"): doc.profiles,
+        ("README.md", "status"): doc.summary,
+        **{("docs/mmu.md", name): partial(walkthrough.text, name) for name in walks},
     }
 
 
@@ -31,11 +39,11 @@ def between_markers(text: str, name: str) -> str:
 
 def main() -> None:
     """Replace what stands between the markers."""
-    for name, (marker, text) in parts().items():
+    for (name, marker), text in parts().items():
         path = ROOT / name
         old = path.read_text()
         markers = f"<!-- {marker} -->\n", f"<!-- end {marker} -->"
-        path.write_text(old.replace(between_markers(old, marker).join(markers), text.join(markers)))
+        path.write_text(old.replace(between_markers(old, marker).join(markers), text().join(markers)))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ struct cpu_fpu {
     uint64_t fip, fdp;
     uint32_t mxcsr;
     uint32_t mxcsr_mask;
-    uint64_t xinuse;     /* XINUSE of XSAVE: which components are not in their init state */
+    uint64_t xinuse;     /* components that are not in their init state; MXCSR is part of SSE */
     uint64_t reserved;   /* the processor keeps ymm[] aligned to 32 bytes */
     uint8_t st[8][16];   /* ST(i), 80 bits each, in stack order as FXSAVE stores them */
     uint8_t ymm[16][32]; /* XMM in the low half */
@@ -171,6 +171,12 @@ struct cpu_event {
 #define CPU_SINGLE_STEP 0x2000 /* monitor trap: EXIT_MTF after one instruction */
 #define CPU_NO_HOST_TSC 0x4000 /* TSC counts instructions */
 #define CPU_MWAIT_UD 0x8000    /* MONITOR and MWAIT raise #UD when CPUID lacks them */
+/* Where AMD's processors differ from Intel's: SYSCALL, SYSRET, SYSENTER, null selectors, far
+ * pointers with REX.W, what an entry checks. */
+#define CPU_AMD 0x10000
+/* The guest's CPUID says the other vendor: SYSCALL and SYSENTER of that vendor work outside
+ * 64-bit mode, too (KVM emulates them). */
+#define CPU_OTHER_VENDOR 0x20000
 
 #define CPU_NR_CPUID 12
 /* ctl.cpuid[]: the CPUID words that gate instructions and CR bits */
@@ -187,13 +193,19 @@ struct cpu_event {
 #define CPU_CPUID_6_EAX 10
 
 #define CPU_PIO_DATA 4096
-#define CPU_NR_MMIO 8 /* pieces of one instruction that may be replayed */
+#define CPU_NR_MMIO 8    /* pieces of one instruction that may be replayed */
+#define CPU_NR_EMULATE 8 /* frames that one instruction may write to as MMIO */
 
 /* One piece of an MMIO access: never crosses a page. */
 struct cpu_mmio {
     uint64_t gpa;
     uint32_t len; /* 1..64 bytes */
     uint8_t data[64];
+};
+
+/* A frame that is mapped read-only, and in shadow mode the linear page (exit.gla) that maps it. */
+struct cpu_emulate {
+    uint64_t gfn, gla;
 };
 
 struct cpu_ctl {
@@ -204,12 +216,11 @@ struct cpu_ctl {
     uint32_t insn_budget; /* exit EXIT_PREEMPTED after about so many instructions; 0: none */
     uint64_t mmio_gen, mmio_gen_mask;
     /* Writes the module wants to see although the frame is mapped read-only (READONLY slot,
-     * write-protected guest page table): writes to this gfn become MMIO writes for the one
-     * next instruction.  ~0: none.  A/D updates of guest page tables in it are left out.
-     * Shadow mode: emulate_gla says which linear page (exit.gla) maps it.  The second pair is for an
-     * instruction that writes to two such pages. */
-    uint64_t emulate_gfn, emulate_gla;
-    uint64_t emulate_gfn2, emulate_gla2;
+     * write-protected guest page table): writes to these frames become MMIO writes for the one
+     * next instruction.  A/D updates of guest page tables in them are left out.  Cleared when
+     * the instruction retires. */
+    uint32_t emulate_count;
+    struct cpu_emulate emulate[CPU_NR_EMULATE];
     uint64_t cr0_valid, cr4_valid, efer_valid; /* bits the guest may set; others #GP */
     uint32_t cpuid[CPU_NR_CPUID];
     uint64_t xcr0_valid;
@@ -248,16 +259,16 @@ enum cpu_exit_reason {
     EXIT_MMIO_WRITE,    /* after; exit.mmio[0..mmio_count-1] written */
     EXIT_EPT_VIOLATION, /* at; gpa, gla, qualification CPU_EPT_* */
     EXIT_PAGE_FAULT,    /* at; shadow mode only: gla, error_code as of #PF, with CPU_PF_IMPLICIT */
-    EXIT_CR_ACCESS,     /* after (trap-like); qualification = CR number, gla = what it was before */
-    EXIT_INVLPG,        /* after; gla; qualification 0 = INVLPG, 1 + type for INVPCID */
-    EXIT_DR_ACCESS,     /* at; qualification = DR number | write << 4 | gpr << 8 */
-    EXIT_MTF,           /* after one instruction with CPU_SINGLE_STEP */
-    EXIT_PAUSE,         /* after */
-    EXIT_MONITOR,       /* at; cpu_skip() or inject */
-    EXIT_MWAIT,         /* the same */
-    EXIT_RSM,           /* at */
-    EXIT_XSETBV,        /* at; cpu_skip() or inject */
-    EXIT_HOST_FAULT,    /* at; guest memory at host address `hva` is gone (SIGSEGV, SIGBUS) */
+    EXIT_CR_ACCESS, /* after (trap-like); qualification = CR number | CPU_CR3_NOFLUSH, gla = what it was before */
+    EXIT_INVLPG,    /* after; gla; qualification 0 = INVLPG, 1 + type for INVPCID with gpa = PCID */
+    EXIT_DR_ACCESS, /* at; qualification = DR number | write << 4 | gpr << 8 */
+    EXIT_MTF,       /* after one instruction with CPU_SINGLE_STEP */
+    EXIT_PAUSE,     /* after */
+    EXIT_MONITOR,   /* at; cpu_skip() or inject */
+    EXIT_MWAIT,     /* the same */
+    EXIT_RSM,       /* at */
+    EXIT_XSETBV,    /* at; cpu_skip() or inject */
+    EXIT_HOST_FAULT, /* at; guest memory at host address `hva` is gone (SIGSEGV, SIGBUS) */
     EXIT_EMULATION, /* at; instruction cannot be executed: fetch from MMIO, MMIO in a descriptor table ... */
     EXIT_INVALID_STATE, /* entry refused, guest state no processor can hold; qualification says what */
     CPU_NR_EXITS
@@ -272,6 +283,9 @@ enum cpu_exit_reason {
 #define CPU_EPT_X 0x20
 #define CPU_EPT_GLA_VALID 0x80
 #define CPU_EPT_GLA_FINAL 0x100 /* clear: the access was to a guest paging-structure entry */
+
+/* qualification of EXIT_CR_ACCESS: CR3 was written with bit 63 set, nothing of its PCID was invalidated */
+#define CPU_CR3_NOFLUSH 0x100
 
 /* error_code of EXIT_PAGE_FAULT: an implicit supervisor access, which EFLAGS.AC does not help */
 #define CPU_PF_IMPLICIT 0x80000000
@@ -307,8 +321,8 @@ struct cpu_exit {
 struct cpu_stats {
     uint64_t insns; /* retired */
     uint64_t blocks_built, blocks_flushed, tlb_fills, tlb_flushes, smc, walks;
-    uint64_t exits[32]; /* of cpu_enter(), by enum cpu_exit_reason */
-    uint64_t completed; /* calls of cpu_complete() */
+    uint64_t exits[32];   /* of cpu_enter(), by enum cpu_exit_reason */
+    uint64_t completed;   /* calls of cpu_complete() */
     uint64_t injected[8]; /* events at entry, by the type in cpu_event.info */
 };
 
@@ -332,7 +346,7 @@ void cpu_reset(struct cpu *cpu, int init);
 
 /* Runs the guest until something in enum cpu_exit_reason happens; returns exit.reason. */
 int cpu_enter(struct cpu *cpu);
-/* Executes the one instruction at rip with the answers in ctl (pio_*, mmio[], emulate_gfn):
+/* Executes the one instruction at rip with the answers in ctl (pio_*, mmio[], emulate[]):
  * no event is injected before it and no request looked at.  EXIT_NONE when it retired or the
  * exception it raised was delivered, else the exit it met.  A REP instruction goes on
  * until it needs another answer, retires, or has run for a while. */

@@ -175,6 +175,7 @@ class Uapi:
     CPUID_D_1_EAX_XSAVEOPT: int
     CPUID_D_1_EAX_XSAVES: int
     CPU_ACTIVE: int
+    CPU_AMD: int
     CPU_AR_AVL: int
     CPU_AR_DB: int
     CPU_AR_DPL: int
@@ -200,6 +201,7 @@ class Uapi:
     CPU_CPUID_8000_0001_EDX: int
     CPU_CPUID_8000_0008_EBX: int
     CPU_CPUID_D_1_EAX: int
+    CPU_CR3_NOFLUSH: int
     CPU_EPT_FETCH: int
     CPU_EPT_GLA_FINAL: int
     CPU_EPT_GLA_VALID: int
@@ -233,9 +235,11 @@ class Uapi:
     CPU_MWAIT_UD: int
     CPU_NO_HOST_TSC: int
     CPU_NR_CPUID: int
+    CPU_NR_EMULATE: int
     CPU_NR_EXITS: int
     CPU_NR_GPR: int
     CPU_NR_MMIO: int
+    CPU_OTHER_VENDOR: int
     CPU_PF_IMPLICIT: int
     CPU_PIO_DATA: int
     CPU_REQ_FLUSH_CODE: int

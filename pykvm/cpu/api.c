@@ -16,7 +16,6 @@ static void init_controls(struct cpu_ctl *ctl)
     ctl->flags = CPU_TDP;
     ctl->ept_level = 4;
     ctl->maxphyaddr = 36; /* as without CPUID leaf 0x80000008 */
-    ctl->emulate_gfn = ctl->emulate_gla = ctl->emulate_gfn2 = ctl->emulate_gla2 = ~0ull;
     ctl->xcr0_valid = XFEATURE_MASK_FP;
 }
 

@@ -103,11 +103,16 @@ static bool is_masked_in(const u8 *mask, unsigned k, unsigned size)
     return mask[(k + 1) * size - 1] & 0x80;
 }
 
-/* The memory operand displaced by so many bytes. */
-static struct insn element(const struct insn *i, unsigned from)
+/* The memory operand displaced by so many bytes; the offset, once there, does not wrap at the
+ * address size. */
+static struct insn element(struct cpu *cpu, const struct insn *i, unsigned from)
 {
     struct insn e = *i;
-    e.disp += from;
+
+    e.disp = (s64)(ea_offset(cpu, i) + from);
+    e.base = e.index = GPR_ZERO;
+    e.ea = i->ea == EA_64_32 ? EA_64 : i->ea;
+    e.asize = 4;
     return e;
 }
 
@@ -117,7 +122,7 @@ static SLOW int masked_load_slow(struct cpu *cpu, const struct insn *i, unsigned
     struct vec result = {{0}};
 
     for (unsigned k = 0; k < vector_size(i) / size; k++) {
-        struct insn e = element(i, k * size);
+        struct insn e = element(cpu, i, k * size);
         if (is_masked_in(mask, k, size) && !v_read(cpu, &e, result.b + k * size, size, 1))
             return stop(cpu, i);
     }
@@ -131,7 +136,7 @@ static bool masked_store_check(struct cpu *cpu, const struct insn *i, unsigned s
     u64 la;
 
     for (unsigned k = 0; k < vector_size(i) / size; k++) {
-        struct insn e = element(i, k * size);
+        struct insn e = element(cpu, i, k * size);
         if (is_masked_in(mask, k, size) && !(ea_linear(cpu, &e, size, ACC_WRITE, &la) &&
                                              mem_probe_write(cpu, la, size, ea_access(i))))
             return false;
@@ -151,7 +156,7 @@ static SLOW int masked_store_slow(struct cpu *cpu, const struct insn *i, unsigne
     if (!masked_store_check(cpu, i, size))
         return stop(cpu, i);
     for (unsigned k = 0; k < vector_size(i) / size; k++) {
-        struct insn e = element(i, k * size);
+        struct insn e = element(cpu, i, k * size);
         if (is_masked_in(mask, k, size) && !v_write(cpu, &e, s + k * size, size, 1))
             return stop(cpu, i);
     }

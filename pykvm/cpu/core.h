@@ -442,6 +442,7 @@ static inline bool is_pe(const struct cpu *cpu) { return cpu->vmcs.guest.cr0 & X
 static inline bool is_lma(const struct cpu *cpu) { return cpu->vmcs.guest.efer & EFER_LMA; }
 static inline bool is_vm86(const struct cpu *cpu) { return cpu->vmcs.guest.rflags & X86_EFLAGS_VM; }
 static inline unsigned iopl(const struct cpu *cpu) { return cpu->vmcs.guest.rflags >> 12 & 3; }
+static inline bool is_amd(const struct cpu *cpu) { return cpu->vmcs.ctl.flags & CPU_AMD; }
 static inline bool has_feature(const struct cpu *cpu, unsigned word, unsigned bit)
 {
     return cpu->vmcs.ctl.cpuid[word] >> bit & 1;
@@ -962,6 +963,7 @@ void fpu_leave(
 void fpu_rescue(struct cpu *cpu, const void *fxsave);
 /* xsave.c: XINUSE, the state components that are not in their initial configuration */
 u64 fpu_xinuse(struct cpu *cpu);
+u64 fpu_components(struct cpu *cpu); /* the same for guest.fpu.xinuse, whatever the mode */
 
 /* host.c: signals, SIGSEGV/SIGBUS recovery, memory */
 bool host_signal_pending(struct cpu *cpu);

@@ -136,10 +136,8 @@ static const struct op *read_vex(struct decoder *d, u8 escape)
     d->osz = (b2 & 3) == 1;
     d->rep = (b2 & 3) == 2 ? 0xf3 : (b2 & 3) == 3 ? 0xf2 : 0;
     d->vex = true;
-    if (!d->code64) { /* 8 registers; W may choose a row, but not their size */
+    if (!d->code64) /* 8 registers; W may choose a row, but not their size */
         d->rex &= 8;
-        d->vvvv &= 7;
-    }
     return opcode_map[map];
 }
 
@@ -432,6 +430,12 @@ static void decode_modrm(struct decoder *d, struct insn *i, u32 flags)
     }
 }
 
+/* CR0, 2, 3, 4, 8 and DR0 to 7: others are #UD, before the privilege is looked at. */
+static bool is_control_register(const struct decoder *d, unsigned n)
+{
+    return (d->opcode & 1 ? 0xffu : 0x11du) >> n & 1;
+}
+
 /* Control and debug registers: mod is ignored, the operand is always a register. */
 static bool decode_control(struct decoder *d, struct insn *i)
 {
@@ -441,7 +445,7 @@ static bool decode_control(struct decoder *d, struct insn *i)
     i->dst = gpr_offset(d, MODRM_RM(d) | REX_B(d), false);
     i->src = (u8)(MODRM_REG(d) | REX_R(d));
     if (!d->lock)
-        return true;
+        return is_control_register(d, i->src);
     /* LOCK MOV CR0 is MOV CR8 where CPUID says so (AMD APM vol. 3, MOV CRn) */
     if ((d->opcode & 1) || i->src ||
         (d->cpu && !has_feature(d->cpu, CPU_CPUID_8000_0001_ECX, CPUID_80000001_ECX_CR8_LEGACY)))
@@ -639,6 +643,8 @@ static int decode(struct decoder *d, struct insn *i)
         return d->error;
     if (!is_row_valid(d, op, flags, form))
         return INVALID;
+    if (!d->code64) /* only now: vvvv that is not used must be 1111, all of it (measured on Zen 5) */
+        d->vvvv &= 7;
     i->op = op;
     i->opsize = (u8)operand_size(d, flags);
     i->asize = (u8)address_size(d);

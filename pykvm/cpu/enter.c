@@ -16,7 +16,6 @@
 #define COMPLETE_ITERATIONS 4096 /* of a REP instruction in cpu_complete() */
 
 #define SHADOWS (CPU_BLOCK_STI | CPU_BLOCK_MOVSS)
-#define NO_GFN (~0ull)
 #define ATTENTION_BREAKPOINTS 1 /* in cpu.attention, next to the bits of ctl.flags */
 
 /* What to do after a look at the instruction boundary. */
@@ -146,7 +145,7 @@ static void drop_answers(struct cpu *cpu)
 {
     cpu->mmio_pos = 0;
     CTL(cpu).mmio_count = 0;
-    CTL(cpu).emulate_gfn = CTL(cpu).emulate_gfn2 = NO_GFN;
+    CTL(cpu).emulate_count = 0;
 }
 
 /* Traps, shadows and answers, when instruction i (or an iteration of it) is done. */
@@ -509,7 +508,7 @@ static void run(struct cpu *cpu)
     do_flushes(cpu); /* nobody waited for those that were asked for while we were out */
     go_on = inject(cpu);
 
-    if (go_on && (CTL(cpu).mmio_count || CTL(cpu).emulate_gfn != NO_GFN))
+    if (go_on && (CTL(cpu).mmio_count || CTL(cpu).emulate_count))
         go_on = step_one(cpu);
     while (go_on && look_around(cpu)) {
         enum next next = needs_attention(cpu) ? boundary(cpu) : GO_ON;
@@ -566,7 +565,8 @@ static enum invalid_state check_state(const struct cpu *cpu)
         for (unsigned n = CPU_SEG_ES; n <= CPU_SEG_GS; n++)
             if (!is_vm86_segment(&g->seg[n]))
                 return INVALID_VM86_SEGMENT;
-    if (code64 ? !is_canonical(cpu, g->rip) : g->rip >> 32)
+    /* AMD's: a fetch from there is #GP (APM vol. 2 15.5.1 has no such check) */
+    if (code64 ? !is_amd(cpu) && !is_canonical(cpu, g->rip) : g->rip >> 32)
         return INVALID_RIP;
     return VALID_STATE;
 }
@@ -618,7 +618,7 @@ static int finish(struct cpu *cpu)
 {
     mxcsr_leave(cpu);
     fpu_leave(cpu);
-    GUEST(cpu).fpu.xinuse = fpu_xinuse(cpu);
+    GUEST(cpu).fpu.xinuse = fpu_components(cpu);
     end_slice(cpu);
     GUEST(cpu).rflags = get_rflags(cpu);
     cpu->block = NULL;

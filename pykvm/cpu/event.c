@@ -434,8 +434,56 @@ static int soft_event(struct cpu *cpu, const struct insn *i, unsigned vector, u3
     return stop(cpu, i);
 }
 
+/* CR4.VME: the bit of the vector in the interrupt redirection bitmap, the 32 bytes below the I/O
+ * bitmap of the TSS. Clear: the program's own handler (SDM vol. 3 20.3.3, table 20-2). */
+static bool is_redirected(struct cpu *cpu, u8 vector, bool *redirected)
+{
+    const struct cpu_seg *tr = &SEG(cpu, CPU_SEG_TR);
+    u16 map;
+    u8 bits;
+
+    if (tr->limit < 103)
+        return raise_gp(cpu, 0);
+    if (!system_read(cpu, table_linear(cpu, tr->base + 102), &map, 2))
+        return false;
+    u32 at = map - 32u + vector / 8;
+    if (at > tr->limit)
+        return raise_gp(cpu, 0);
+    if (!system_read(cpu, table_linear(cpu, tr->base + at), &bits, 1))
+        return false;
+    *redirected = !(bits >> vector % 8 & 1);
+    return true;
+}
+
+/* INT n as in real mode, without leaving virtual-8086 mode. */
+static int redirect(struct cpu *cpu, const struct insn *i, u8 vector)
+{
+    bool virtual = iopl(cpu) < 3;
+    u64 flags = virtual ? vme_flags(cpu) : get_rflags(cpu);
+    u64 clear = X86_EFLAGS_TF | X86_EFLAGS_RF | (virtual ? X86_EFLAGS_VIF : X86_EFLAGS_IF);
+    u64 rsp = GPR(cpu, RSP);
+    u32 entry;
+
+    if (!ld32(cpu, vector * 4u, &entry, ACC_READ) || !push_at(cpu, &rsp, 2, flags) ||
+        !push_at(cpu, &rsp, 2, SEG(cpu, CPU_SEG_CS).selector) ||
+        !push_at(cpu, &rsp, 2, next_rip(cpu, i)))
+        return stop(cpu, i);
+    GPR(cpu, RSP) = rsp;
+    set_rflags(cpu, get_rflags(cpu) & ~clear);
+    set_segment_real(cpu, CPU_SEG_CS, (u16)(entry >> 16));
+    set_rip(cpu, (u16)entry);
+    update_mode(cpu);
+    return LOOKUP;
+}
+
 int x_int(struct cpu *cpu, const struct insn *i)
 {
+    bool redirected = false;
+
+    if (has_vme(cpu) && !is_redirected(cpu, (u8)i->imm, &redirected))
+        return stop(cpu, i);
+    if (redirected)
+        return redirect(cpu, i, (u8)i->imm);
     if (is_vm86(cpu) && iopl(cpu) < 3)
         return fault_gp(cpu, i, 0);
     return soft_event(cpu, i, (u8)i->imm, CPU_EVENT_SOFT_INTR);

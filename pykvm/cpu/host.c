@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "core.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -166,6 +167,24 @@ int gpte_cmpxchg(u64 hva, u64 old_gpte, u64 new_gpte, int size)
 static const int guard_signals[] = {SIGSEGV, SIGBUS};
 static struct sigaction previous[2];
 static pthread_mutex_t guard_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t libc_once = PTHREAD_ONCE_INIT;
+static int (*libc_sigaction)(int, const struct sigaction *, struct sigaction *) = sigaction;
+
+/* Not the preload library's: it hides this handler from the program, and would from us. */
+static void find_libc_sigaction(void)
+{
+    void *libc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
+    void *found = libc ? dlsym(libc, "sigaction") : NULL;
+
+    if (found)
+        memcpy(&libc_sigaction, &found, sizeof(found));
+}
+
+static int host_sigaction(int sig, const struct sigaction *action, struct sigaction *old)
+{
+    pthread_once(&libc_once, find_libc_sigaction);
+    return libc_sigaction(sig, action, old);
+}
 
 static bool is_memory_fault(int sig, const siginfo_t *info)
 {
@@ -335,11 +354,11 @@ bool host_guard_install(void)
     pthread_mutex_lock(&guard_lock);
     for (int k = 0; k < 2; k++) {
         struct sigaction now;
-        ok = ok && !sigaction(guard_signals[k], NULL, &now);
+        ok = ok && !host_sigaction(guard_signals[k], NULL, &now);
         if (!ok || (now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_memory_fault))
             continue;
         previous[k] = now;
-        ok = !sigaction(guard_signals[k], &ours, NULL);
+        ok = !host_sigaction(guard_signals[k], &ours, NULL);
     }
     pthread_mutex_unlock(&guard_lock);
     return ok;
@@ -352,7 +371,7 @@ int cpu_guard_action(int sig, const void *action, void *old_action)
     bool ours;
 
     pthread_mutex_lock(&guard_lock);
-    ours = !sigaction(sig, NULL, &now) && now.sa_flags & SA_SIGINFO &&
+    ours = !host_sigaction(sig, NULL, &now) && now.sa_flags & SA_SIGINFO &&
            now.sa_sigaction == on_memory_fault;
     if (ours && old_action)
         memcpy(old_action, &previous[index], sizeof(previous[index]));

@@ -285,7 +285,7 @@ const struct op opcode_map[NR_MAPS][256] = {
     [0x02] = OP(lar, G_E, O_PROT), [0x03] = OP(lsl, G_E, O_PROT),
     [0x05] = OPF(syscall, NONE, F8D(SYSCALL), O_END | O_TFLATE),
     [0x06] = OP(clts, NONE, PRIV),
-    [0x07] = OPF(sysret, NONE, F8D(SYSCALL), PRIV),
+    [0x07] = OPF(sysret, NONE, F8D(SYSCALL), O_END),
     [0x08] = OP(invd, NONE, PRIV),
     [0x09] = OP(wbinvd, NONE, PRIV), /* F3: WBNOINVD, WBINVD where it is not offered */
     [0x0b] = UNDEFINED("ud2"),
@@ -302,7 +302,7 @@ const struct op opcode_map[NR_MAPS][256] = {
     [0x32] = OPF(rdmsr, NONE, F1D(MSR), O_CPL0),
     [0x33] = OP(rdpmc, NONE),
     [0x34] = OPF(sysenter, NONE, F1D(SEP), O_END),
-    [0x35] = OPF(sysexit, NONE, F1D(SEP), PRIV),
+    [0x35] = OPF(sysexit, NONE, F1D(SEP), O_END),
     CC16(0x40, cmov, G_E, F1D(CMOV)),
     CC16(0x80, j, JV, 0, O_F64 | O_END),
     CC16(0x90, set, E, 0, O_BYTE),

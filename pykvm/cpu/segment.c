@@ -143,9 +143,17 @@ struct cpu_seg desc_segment(const struct desc *d, u16 sel, unsigned rpl)
 
 /* ---- segment registers -------------------------------------------------------------------------- */
 
+/* AMD's keep base and limit, which 64-bit mode sees of FS and GS (APM vol. 2 4.8.1; since Zen 2
+ * CPUID 0x80000021 can say otherwise, which KVM's profiles here do not). */
 void set_segment_null(struct cpu *cpu, unsigned seg, u16 sel)
 {
+    const struct cpu_seg old = SEG(cpu, seg);
+
     SEG(cpu, seg) = (struct cpu_seg){.selector = sel, .ar = CPU_AR_UNUSABLE};
+    if (unlikely(is_amd(cpu) && seg <= CPU_SEG_GS)) {
+        SEG(cpu, seg).base = old.base;
+        SEG(cpu, seg).limit = old.limit;
+    }
 }
 
 void set_segment_real(struct cpu *cpu, unsigned seg, u16 sel)
@@ -333,6 +341,13 @@ static bool stack_peek(struct cpu *cpu, unsigned slot, unsigned size, u64 *v)
     return pop_at(cpu, &sp, size, v);
 }
 
+/* Operand size of JMP, CALL and LFS through memory: AMD's know no 64-bit far pointers and take REX.W
+ * for nothing (APM vol. 3 "CALL (Far)", "LFS"). */
+static unsigned far_size(const struct cpu *cpu, const struct insn *i)
+{
+    return unlikely(i->opsize == 8 && is_amd(cpu)) ? 4 : i->opsize;
+}
+
 /* ---- far JMP and CALL --------------------------------------------------------------------------------- */
 
 /* Every handler that loads CS, SS or flags ends with this. */
@@ -388,8 +403,8 @@ static int far_direct(struct cpu *cpu, const struct insn *i, u16 sel, const stru
 
     if (!far_code_segment(cpu, sel, d) || !check_rip(cpu, &cs, offset))
         return stop(cpu, i);
-    if (call && (!push_at(cpu, &rsp, i->opsize, SEG(cpu, CPU_SEG_CS).selector) ||
-                 !push_at(cpu, &rsp, i->opsize, next_rip(cpu, i))))
+    if (call && (!push_at(cpu, &rsp, far_size(cpu, i), SEG(cpu, CPU_SEG_CS).selector) ||
+                 !push_at(cpu, &rsp, far_size(cpu, i), next_rip(cpu, i))))
         return stop(cpu, i);
     if (!desc_mark_accessed(cpu, d))
         return stop(cpu, i);
@@ -514,11 +529,11 @@ static int far_transfer(struct cpu *cpu, const struct insn *i, u16 sel, u64 offs
 /* Far pointer in memory: offset of the operand size, selector behind it. */
 static bool read_far_pointer(struct cpu *cpu, const struct insn *i, u16 *sel, u64 *offset)
 {
+    unsigned size = far_size(cpu, i);
     u64 la;
 
-    return ea_linear(cpu, i, i->opsize + 2u, ACC_READ, &la) &&
-           ld_size(cpu, la, i->opsize, offset, ea_access(i)) &&
-           ld16(cpu, la + i->opsize, sel, ea_access(i));
+    return ea_linear(cpu, i, size + 2, ACC_READ, &la) &&
+           ld_size(cpu, la, size, offset, ea_access(i)) && ld16(cpu, la + size, sel, ea_access(i));
 }
 
 static int far_through_memory(struct cpu *cpu, const struct insn *i, bool call)
@@ -710,6 +725,19 @@ static int iret_real(struct cpu *cpu, const struct insn *i)
     return iret_done(cpu, iret_flags(cpu, flags, i->opsize, cpu->cpl), rip);
 }
 
+/* Virtual-8086 mode with IOPL < 3 and CR4.VME. */
+static int iret_vme(struct cpu *cpu, const struct insn *i)
+{
+    u64 rsp = GPR(cpu, RSP), rip, sel, flags;
+
+    if (!pop_at(cpu, &rsp, 2, &rip) || !pop_at(cpu, &rsp, 2, &sel) ||
+        !pop_at(cpu, &rsp, 2, &flags) || !vme_load_flags(cpu, flags))
+        return iret_failed(cpu, i);
+    GPR(cpu, RSP) = rsp;
+    set_segment_real(cpu, CPU_SEG_CS, (u16)sel);
+    return iret_done(cpu, get_rflags(cpu), rip);
+}
+
 static int iret_task(struct cpu *cpu, const struct insn *i)
 {
     u16 link;
@@ -760,6 +788,8 @@ int x_iret(struct cpu *cpu, const struct insn *i)
     if (!(cpu->mode & MODE_PE)) {
         if (!is_vm86(cpu) || iopl(cpu) == 3)
             return iret_real(cpu, i);
+        if (has_vme(cpu) && size == 2)
+            return iret_vme(cpu, i);
         raise_gp(cpu, 0);
         return iret_failed(cpu, i);
     }
@@ -857,7 +887,7 @@ static int load_far_pointer(struct cpu *cpu, const struct insn *i, unsigned seg)
 
     if (!read_far_pointer(cpu, i, &sel, &offset) || !load_segment(cpu, seg, sel))
         return stop(cpu, i);
-    reg_write(cpu, i->src, i->opsize, offset);
+    reg_write(cpu, i->src, far_size(cpu, i), offset);
     return segment_loaded(cpu, i, false);
 }
 
@@ -894,6 +924,13 @@ static int store_table(struct cpu *cpu, const struct insn *i, const struct cpu_t
     NEXT(cpu, i);
 }
 
+/* LGDT, LIDT, LLDT and LTR serialize (SDM vol. 3 8.3). */
+static int serialized(struct cpu *cpu, const struct insn *i)
+{
+    serialize(cpu);
+    return transferred(cpu, next_rip(cpu, i));
+}
+
 static int load_table(struct cpu *cpu, const struct insn *i, struct cpu_table *t)
 {
     unsigned base_size = i->flags & I_CODE64 ? 8 : 4;
@@ -909,7 +946,7 @@ static int load_table(struct cpu *cpu, const struct insn *i, struct cpu_table *t
         return fault_gp(cpu, i, 0);
     t->base = base;
     t->limit = limit;
-    NEXT(cpu, i);
+    return serialized(cpu, i);
 }
 
 int x_sgdt(struct cpu *cpu, const struct insn *i) { return store_table(cpu, i, &GUEST(cpu).gdtr); }
@@ -954,12 +991,12 @@ int x_lldt(struct cpu *cpu, const struct insn *i)
         return stop(cpu, i);
     if (sel_is_null((u16)sel)) {
         set_segment_null(cpu, CPU_SEG_LDTR, (u16)sel);
-        NEXT(cpu, i);
+        return serialized(cpu, i);
     }
     if (!fetch_table_segment(cpu, (u16)sel, DESC_LDT, DESC_LDT, &d))
         return stop(cpu, i);
     SEG(cpu, CPU_SEG_LDTR) = desc_segment(&d, (u16)sel, sel_rpl((u16)sel));
-    NEXT(cpu, i);
+    return serialized(cpu, i);
 }
 
 int x_ltr(struct cpu *cpu, const struct insn *i)
@@ -977,7 +1014,7 @@ int x_ltr(struct cpu *cpu, const struct insn *i)
         return stop(cpu, i);
     d.ar |= 2;
     SEG(cpu, CPU_SEG_TR) = desc_segment(&d, (u16)sel, sel_rpl((u16)sel));
-    NEXT(cpu, i);
+    return serialized(cpu, i);
 }
 
 /* ---- LAR, LSL, VERR, VERW, ARPL ---------------------------------------------------------------------------------------- */
@@ -1080,7 +1117,7 @@ int x_arpl(struct cpu *cpu, const struct insn *i)
     NEXT(cpu, i);
 }
 
-/* ---- SYSCALL, SYSENTER, and the way back (Intel's rules) ------------------------------------------------------------------ */
+/* ---- SYSCALL, SYSENTER, and the way back ------------------------------------------------------------------------------------ */
 
 static struct cpu_seg flat_segment(u32 ar, u64 selector, unsigned cpl)
 {
@@ -1095,18 +1132,71 @@ static void load_flat(struct cpu *cpu, u32 code_ar, u64 cs, u64 ss, unsigned cpl
     SEG(cpu, CPU_SEG_SS) = flat_segment(AR_DATA, ss, cpl);
 }
 
+/* The other vendor's instruction outside 64-bit mode, where KVM emulates it for a guest whose CPUID
+ * says that vendor (emulate.c em_syscall, em_sysenter). */
+static bool emulates_other_vendor(const struct cpu *cpu)
+{
+    return CTL(cpu).flags & CPU_OTHER_VENDOR && !is_code64(cpu);
+}
+
+/* Intel's know SYSCALL in 64-bit mode only (SDM vol. 2). */
+static bool has_syscall(const struct cpu *cpu)
+{
+    if (!(cpu->vmcs.guest.efer & EFER_SCE) || !(cpu->mode & MODE_PE))
+        return false;
+    return is_code64(cpu) || is_amd(cpu) || emulates_other_vendor(cpu);
+}
+
+/* APM vol. 3 SYSCALL, outside long mode: no flags are saved, ECX has the return address. */
+static int syscall_legacy(struct cpu *cpu, const struct insn *i)
+{
+    u64 star = GUEST(cpu).star, sel = star >> 32 & 0xffff;
+    u64 clear = X86_EFLAGS_VM | X86_EFLAGS_IF | X86_EFLAGS_RF;
+
+    GPR(cpu, RCX) = (u32)next_rip(cpu, i);
+    set_rflags(cpu, get_rflags(cpu) & ~clear);
+    load_flat(cpu, AR_CODE32, sel, sel + 8, 0);
+    return transferred(cpu, (u32)star);
+}
+
 int x_syscall(struct cpu *cpu, const struct insn *i)
 {
     struct cpu_guest *g = &GUEST(cpu);
     u64 sel = g->star >> 32 & 0xffff, flags = get_rflags(cpu) & ~(u64)X86_EFLAGS_RF;
 
-    if (!is_code64(cpu) || !(g->efer & EFER_SCE))
+    if (!has_syscall(cpu))
         return x_ud(cpu, i);
+    if (!is_lma(cpu))
+        return syscall_legacy(cpu, i);
+    u64 target = is_code64(cpu) ? g->lstar : g->cstar;
     GPR(cpu, RCX) = next_rip(cpu, i);
     GPR(cpu, 11) = flags;
     set_rflags(cpu, (flags & ~g->sfmask) | X86_EFLAGS_FIXED);
     load_flat(cpu, AR_CODE64, sel, sel + 8, 0);
-    return transferred(cpu, g->lstar);
+    return transferred(cpu, target);
+}
+
+static u64 sysret_flags(const struct cpu *cpu)
+{
+    return (GPR(cpu, 11) & 0x3c7fd7) | X86_EFLAGS_FIXED;
+}
+
+/* APM vol. 3 SYSRET: only the selector of SS is loaded. What is there of a segment stays, usable or
+ * not; CPL is what KVM shows as its DPL. The target is checked when it is fetched from, at CPL 3. */
+static int sysret_amd(struct cpu *cpu, const struct insn *i)
+{
+    struct cpu_seg ss = SEG(cpu, CPU_SEG_SS);
+    u64 sel = GUEST(cpu).star >> 48, rip = GPR(cpu, RCX);
+    bool to64 = is_code64(cpu) && i->opsize == 8;
+
+    if (!(cpu->mode & MODE_PE) || cpu->cpl != 0)
+        return fault_gp(cpu, i, 0);
+    set_rflags(cpu, is_code64(cpu) ? sysret_flags(cpu) : get_rflags(cpu) | X86_EFLAGS_IF);
+    load_flat(cpu, to64 ? AR_CODE64 : AR_CODE32, to64 ? sel + 16 : sel, sel + 8, 3);
+    ss.selector = SEG(cpu, CPU_SEG_SS).selector;
+    ss.ar |= CPU_AR_DPL;
+    SEG(cpu, CPU_SEG_SS) = ss;
+    return transferred(cpu, to64 ? rip : (u32)rip);
 }
 
 int x_sysret(struct cpu *cpu, const struct insn *i)
@@ -1115,13 +1205,21 @@ int x_sysret(struct cpu *cpu, const struct insn *i)
     u64 sel = g->star >> 48, rip = GPR(cpu, RCX);
     bool to64 = i->opsize == 8;
 
-    if (!is_code64(cpu) || !(g->efer & EFER_SCE))
+    if (!(g->efer & EFER_SCE) || !(is_code64(cpu) || is_amd(cpu)))
         return x_ud(cpu, i);
+    if (is_amd(cpu))
+        return sysret_amd(cpu, i);
     if (cpu->cpl != 0 || (to64 && !is_canonical(cpu, rip)))
         return fault_gp(cpu, i, 0);
-    set_rflags(cpu, (GPR(cpu, 11) & 0x3c7fd7) | X86_EFLAGS_FIXED);
+    set_rflags(cpu, sysret_flags(cpu));
     load_flat(cpu, to64 ? AR_CODE64 : AR_CODE32, to64 ? sel + 16 : sel, sel + 8, 3);
     return transferred(cpu, to64 ? rip : (u32)rip);
+}
+
+/* AMD's have them in legacy mode only (APM vol. 3 SYSENTER). */
+static bool has_sysenter(const struct cpu *cpu)
+{
+    return !is_amd(cpu) || !is_lma(cpu) || emulates_other_vendor(cpu);
 }
 
 int x_sysenter(struct cpu *cpu, const struct insn *i)
@@ -1130,6 +1228,8 @@ int x_sysenter(struct cpu *cpu, const struct insn *i)
     bool lma = is_lma(cpu);
     u64 sel = g->sysenter_cs & 0xfffc;
 
+    if (!has_sysenter(cpu))
+        return x_ud(cpu, i);
     if (!is_pe(cpu) || !sel)
         return fault_gp(cpu, i, 0);
     u64 clear = X86_EFLAGS_VM | X86_EFLAGS_IF | X86_EFLAGS_RF;
@@ -1145,7 +1245,11 @@ int x_sysexit(struct cpu *cpu, const struct insn *i)
     u64 rip = GPR(cpu, RDX), rsp = GPR(cpu, RCX);
     bool to64 = i->opsize == 8;
 
-    if (!(cpu->mode & MODE_PE) || cpu->cpl != 0 || !sel)
+    if (cpu->cpl != 0) /* Zen 5 looks at this first: measured */
+        return fault_gp(cpu, i, 0);
+    if (!has_sysenter(cpu) && !(CTL(cpu).flags & CPU_OTHER_VENDOR))
+        return x_ud(cpu, i);
+    if (!(cpu->mode & MODE_PE) || !sel)
         return fault_gp(cpu, i, 0);
     if (to64 && (!is_canonical(cpu, rip) || !is_canonical(cpu, rsp)))
         return fault_gp(cpu, i, 0);

@@ -109,6 +109,17 @@ bool stack_from_tss64(struct cpu *cpu, unsigned slot, unsigned cpl, struct stack
 bool stack_push(struct cpu *cpu, struct stack *s, unsigned size, u64 v);
 void stack_commit(struct cpu *cpu, const struct stack *s);
 
+/* ---- system.c: virtual-8086 mode extensions (SDM vol. 3 20.3), in virtual-8086 mode with IOPL < 3 ----- */
+
+static inline bool has_vme(const struct cpu *cpu)
+{
+    return cpu->vmcs.guest.cr4 & X86_CR4_VME && is_vm86(cpu);
+}
+/* FLAGS as the program sees them: IOPL 3, and IF is VIF. */
+u64 vme_flags(const struct cpu *cpu);
+/* Loads 16 bits of them; #GP(0) for TF, and for IF while an interrupt waits (VIP). */
+bool vme_load_flags(struct cpu *cpu, u64 flags);
+
 /* ---- task.c ------------------------------------------------------------------------------------ */
 
 /*

@@ -170,6 +170,17 @@ static bool cr_exits(const struct cpu *cpu, unsigned cr, u64 old)
     }
 }
 
+static u64 register_operand(struct cpu *cpu, const struct insn *i)
+{
+    return reg_read(cpu, i->dst, i->flags & I_CODE64 ? 8 : 4);
+}
+
+/* Bit 63 of what MOV CR3 wrote, where PCIDs give it a meaning. */
+static bool is_cr3_noflush(struct cpu *cpu, const struct insn *i)
+{
+    return GUEST(cpu).cr4 & X86_CR4_PCIDE && register_operand(cpu, i) & X86_CR3_PCID_NOFLUSH;
+}
+
 /* A control register was written: serializing, and maybe another mode. */
 static int cr_written(struct cpu *cpu, const struct insn *i, unsigned cr, u64 old)
 {
@@ -179,14 +190,9 @@ static int cr_written(struct cpu *cpu, const struct insn *i, unsigned cr, u64 ol
     if (!cr_exits(cpu, cr, old))
         return LOOKUP;
     int status = vmexit_done(cpu, i, EXIT_CR_ACCESS);
-    EXIT(cpu).qualification = cr;
+    EXIT(cpu).qualification = cr | (cr == 3 && is_cr3_noflush(cpu, i)) * CPU_CR3_NOFLUSH;
     EXIT(cpu).gla = old;
     return status;
-}
-
-static u64 register_operand(struct cpu *cpu, const struct insn *i)
-{
-    return reg_read(cpu, i->dst, i->flags & I_CODE64 ? 8 : 4);
 }
 
 int x_mov_cr_r(struct cpu *cpu, const struct insn *i)
@@ -402,9 +408,8 @@ int x_wrmsr(struct cpu *cpu, const struct insn *i)
     if (!is_valid_msr_value(cpu, index, v))
         return fault_gp(cpu, i, 0);
     *msr = v;
-    cpu->seg_base[CPU_SEG_FS] = SEG(cpu, CPU_SEG_FS).base;
-    cpu->seg_base[CPU_SEG_GS] = SEG(cpu, CPU_SEG_GS).base;
-    NEXT(cpu, i);
+    serialize(cpu);
+    return done_lookup(cpu, i);
 }
 
 /* ---- time and identification -------------------------------------------------------------------------- */
@@ -460,11 +465,51 @@ int x_cpuid(struct cpu *cpu, const struct insn *i) { return vmexit(cpu, i, EXIT_
 
 static bool may_change_if(const struct cpu *cpu) { return cpu->cpl <= iopl(cpu); }
 
+/* Whether CLI and STI, not being allowed to change IF, change VIF: SDM vol. 3 20.3, 20.4. */
+static bool has_virtual_if(const struct cpu *cpu)
+{
+    u64 enable = is_vm86(cpu) ? X86_CR4_VME : X86_CR4_PVI;
+
+    return cpu->cpl == 3 && cpu->vmcs.guest.cr4 & enable;
+}
+
+u64 vme_flags(const struct cpu *cpu)
+{
+    u64 flags = get_rflags(cpu);
+    u64 virtual_if = flags & X86_EFLAGS_VIF ? X86_EFLAGS_IF : 0;
+
+    return (flags & ~(u64)X86_EFLAGS_IF) | X86_EFLAGS_IOPL | virtual_if;
+}
+
+bool vme_load_flags(struct cpu *cpu, u64 flags)
+{
+    u64 mask = STATUS_FLAGS | X86_EFLAGS_DF | X86_EFLAGS_NT;
+    u64 old = get_rflags(cpu);
+
+    if (flags & X86_EFLAGS_TF || (flags & X86_EFLAGS_IF && old & X86_EFLAGS_VIP))
+        return raise_gp(cpu, 0);
+    u64 vif = flags & X86_EFLAGS_IF ? X86_EFLAGS_VIF : 0;
+    u64 clear = mask | X86_EFLAGS_TF | X86_EFLAGS_RF | X86_EFLAGS_VIF;
+    set_rflags(cpu, (old & ~clear) | (flags & mask) | vif);
+    return true;
+}
+
 int x_cli(struct cpu *cpu, const struct insn *i)
 {
-    if (!may_change_if(cpu))
+    bool virtual = !may_change_if(cpu);
+
+    if (virtual && !has_virtual_if(cpu))
         return fault_gp(cpu, i, 0);
-    GUEST(cpu).rflags &= ~(u64)X86_EFLAGS_IF;
+    GUEST(cpu).rflags &= ~(u64)(virtual ? X86_EFLAGS_VIF : X86_EFLAGS_IF);
+    NEXT(cpu, i);
+}
+
+/* An interrupt that waits (VIP) is the supervisor's business. */
+static int sti_virtual(struct cpu *cpu, const struct insn *i)
+{
+    if (!has_virtual_if(cpu) || GUEST(cpu).rflags & X86_EFLAGS_VIP)
+        return fault_gp(cpu, i, 0);
+    GUEST(cpu).rflags |= X86_EFLAGS_VIF;
     NEXT(cpu, i);
 }
 
@@ -473,7 +518,7 @@ int x_sti(struct cpu *cpu, const struct insn *i)
     struct cpu_guest *g = &GUEST(cpu);
 
     if (!may_change_if(cpu))
-        return fault_gp(cpu, i, 0);
+        return sti_virtual(cpu, i);
     if (g->rflags & X86_EFLAGS_IF)
         NEXT(cpu, i);
     g->rflags |= X86_EFLAGS_IF;
@@ -485,10 +530,12 @@ int x_pushf(struct cpu *cpu, const struct insn *i)
 {
     u64 hidden = X86_EFLAGS_VM | X86_EFLAGS_RF;
     u64 rsp = GPR(cpu, RSP);
+    bool virtual = is_vm86(cpu) && iopl(cpu) < 3;
 
-    if (is_vm86(cpu) && iopl(cpu) < 3)
+    if (virtual && !(has_vme(cpu) && i->opsize == 2))
         return fault_gp(cpu, i, 0);
-    if (!push_at(cpu, &rsp, i->opsize, get_rflags(cpu) & ~hidden))
+    u64 flags = virtual ? vme_flags(cpu) : get_rflags(cpu);
+    if (!push_at(cpu, &rsp, i->opsize, flags & ~hidden))
         return stop(cpu, i);
     GPR(cpu, RSP) = rsp;
     NEXT(cpu, i);
@@ -511,12 +558,24 @@ static u64 popf_mask(const struct cpu *cpu, unsigned size)
 /* AC selects the rights of kernel accesses to user pages, and nothing else update_mode() sees. */
 static void ac_changed(struct cpu *cpu) { cpu->tlb = &cpu->ctx[tlb_context(cpu, false)]; }
 
+static int popf_vme(struct cpu *cpu, const struct insn *i)
+{
+    u64 rsp = GPR(cpu, RSP), v;
+
+    if (!has_vme(cpu) || i->opsize != 2)
+        return fault_gp(cpu, i, 0);
+    if (!pop_at(cpu, &rsp, 2, &v) || !vme_load_flags(cpu, v))
+        return stop(cpu, i);
+    GPR(cpu, RSP) = rsp;
+    return done_lookup(cpu, i);
+}
+
 int x_popf(struct cpu *cpu, const struct insn *i)
 {
     u64 rsp = GPR(cpu, RSP), old = get_rflags(cpu), v, changed;
 
     if (is_vm86(cpu) && iopl(cpu) < 3)
-        return fault_gp(cpu, i, 0);
+        return popf_vme(cpu, i);
     if (!pop_at(cpu, &rsp, i->opsize, &v))
         return stop(cpu, i);
     u64 mask = popf_mask(cpu, i->opsize);
@@ -545,7 +604,7 @@ int x_stac(struct cpu *cpu, const struct insn *i) { return set_ac(cpu, i, X86_EF
 /* ---- TLB and caches --------------------------------------------------------------------------------------- */
 
 /* A translation was invalidated: the module of a shadow MMU wants to know. */
-static int invalidated(struct cpu *cpu, const struct insn *i, u64 la, u64 qualification)
+static int invalidated(struct cpu *cpu, const struct insn *i, u64 la, u64 pcid, u64 qualification)
 {
     serialize(cpu);
     set_rip(cpu, next_rip(cpu, i));
@@ -553,6 +612,7 @@ static int invalidated(struct cpu *cpu, const struct insn *i, u64 la, u64 qualif
         return LOOKUP;
     int status = vmexit_done(cpu, i, EXIT_INVLPG);
     EXIT(cpu).gla = la;
+    EXIT(cpu).gpa = pcid;
     EXIT(cpu).qualification = qualification;
     return status;
 }
@@ -572,7 +632,7 @@ int x_invlpg(struct cpu *cpu, const struct insn *i)
     if (!is_canonical(cpu, la))
         return done_lookup(cpu, i);
     tlb_invlpg(cpu, la);
-    return invalidated(cpu, i, la, 0);
+    return invalidated(cpu, i, la, 0, 0);
 }
 
 enum { INVPCID_ADDRESS, INVPCID_SINGLE, INVPCID_ALL_GLOBAL, INVPCID_ALL };
@@ -599,7 +659,7 @@ int x_invpcid(struct cpu *cpu, const struct insn *i)
         tlb_flush_guest(cpu);
     else
         tlb_flush_nonglobal(cpu);
-    return invalidated(cpu, i, type == INVPCID_ADDRESS ? address : 0, 1 + type);
+    return invalidated(cpu, i, type == INVPCID_ADDRESS ? address : 0, pcid, 1 + type);
 }
 
 /* Memory is coherent: nothing to write back. Both serialize. */

@@ -674,8 +674,9 @@ void *rmw_slow(struct cpu *cpu, u64 la, unsigned size, unsigned access)
     ts->nr_rmw = translate_spans(cpu, la, size, access, s);
     if (!ts->nr_rmw || !begin_write(cpu, s, ts->nr_rmw, access))
         return NULL;
-    /* In place whenever it can be: other processors must see it as one access. */
-    if (ts->nr_rmw == 1 && !s->mmio)
+    /* In place whenever it can be: other processors must see it as one access. The pages of one
+     * that crosses are mostly neighbours for the host, too. */
+    if (!s[0].mmio && (ts->nr_rmw == 1 || (!s[1].mmio && s[1].hva == s[0].hva + s[0].len)))
         return (void *)s->hva;
     if (!span_read(cpu, &s[0], cpu->rmw_buf) ||
         (ts->nr_rmw == 2 && !span_read(cpu, &s[1], (u8 *)cpu->rmw_buf + s[0].len)))

@@ -143,8 +143,12 @@ static u64 needed_rights(unsigned access)
 /* Whether the module wants to see writes to the frame as MMIO. */
 static bool is_emulated_gfn(const struct cpu *cpu, u64 gpa)
 {
-    u64 gfn = gpa >> 12;
-    return gfn == CTL(cpu).emulate_gfn || gfn == CTL(cpu).emulate_gfn2;
+    const struct cpu_ctl *ctl = &CTL(cpu);
+
+    for (u32 k = 0; k < ctl->emulate_count; k++)
+        if (ctl->emulate[k].gfn == gpa >> 12)
+            return true;
+    return false;
 }
 
 /* The frame that a linear page is emulated as in shadow mode, ~0 when it is not. */
@@ -152,9 +156,10 @@ static u64 emulated_frame(const struct cpu *cpu, u64 la)
 {
     const struct cpu_ctl *ctl = &CTL(cpu);
 
-    if ((la & PAGE_MASK) == ctl->emulate_gla && ctl->emulate_gfn != ~0ull)
-        return ctl->emulate_gfn;
-    return (la & PAGE_MASK) == ctl->emulate_gla2 ? ctl->emulate_gfn2 : ~0ull;
+    for (u32 k = 0; k < ctl->emulate_count; k++)
+        if (ctl->emulate[k].gla == (la & PAGE_MASK))
+            return ctl->emulate[k].gfn;
+    return ~0ull;
 }
 
 /* how: CPU_EPT_* */

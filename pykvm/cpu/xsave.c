@@ -58,8 +58,10 @@ struct extended {
     u64 pkru;
 };
 
+#define NR_XMM 16
+
 /* XMM8 to XMM15 exist in 64-bit mode only. */
-static unsigned nr_xmm(const struct cpu *cpu) { return is_code64(cpu) ? 16 : 8; }
+static unsigned nr_xmm(const struct cpu *cpu) { return is_code64(cpu) ? NR_XMM : 8; }
 
 /* ---- XINUSE ---------------------------------------------------------------------------------------- */
 
@@ -78,7 +80,8 @@ static bool is_x87_initial(const struct cpu_fpu *f)
            is_zero(f->st, sizeof(f->st));
 }
 
-u64 fpu_xinuse(struct cpu *cpu)
+/* With the first nr vector registers. */
+static u64 in_use(struct cpu *cpu, unsigned nr)
 {
     const struct cpu_fpu *f = &GUEST(cpu).fpu;
     u64 inuse = 0;
@@ -86,13 +89,24 @@ u64 fpu_xinuse(struct cpu *cpu)
     fpu_save(cpu);
     if (!is_x87_initial(f))
         inuse |= XFEATURE_MASK_FP;
-    for (unsigned n = 0; n < nr_xmm(cpu); n++) {
+    for (unsigned n = 0; n < nr; n++) {
         inuse |= is_zero(f->ymm[n], 16) ? 0 : XFEATURE_MASK_SSE;
         inuse |= is_zero(f->ymm[n] + 16, 16) ? 0 : XFEATURE_MASK_YMM;
     }
     if (GUEST(cpu).pkru)
         inuse |= XFEATURE_MASK_PKRU;
     return inuse;
+}
+
+u64 fpu_xinuse(struct cpu *cpu) { return in_use(cpu, nr_xmm(cpu)); }
+
+/* As XSAVES of a 64-bit kernel finds it: all registers, and MXCSR as a part of SSE (SDM vol. 1
+ * 13.11). */
+u64 fpu_components(struct cpu *cpu)
+{
+    u64 mxcsr = GUEST(cpu).fpu.mxcsr == MXCSR_INIT ? 0 : XFEATURE_MASK_SSE;
+
+    return in_use(cpu, NR_XMM) | mxcsr;
 }
 
 /* ---- the area ----------------------------------------------------------------------------------------- */

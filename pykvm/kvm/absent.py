@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 _IRQCHIP = "interrupt controllers in the kernel come with a later issue"
 _PIT = "the timer in the kernel comes with the interrupt controllers"
 _EVENTFD = "eventfds come with the interrupt controllers"
-_MEMORY = "slots with guest_memfd and memory attributes come with a later issue"
-_COALESCED = "the coalesced MMIO ring comes with a later issue"
+_MEMORY = "guest_memfd and memory attributes are for guests whose memory is hidden from the host"
 _ENCRYPTION = "there is no memory encryption (SEV, TDX) to emulate"
 _XEN = "Xen guests are not emulated"
 _HYPERV = "Hyper-V enlightenments are not emulated"
@@ -48,8 +47,7 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "KVM_REINJECT_CONTROL",
         ),
         _EVENTFD: ("KVM_IRQFD", "KVM_IOEVENTFD"),
-        _MEMORY: ("KVM_SET_USER_MEMORY_REGION2", "KVM_SET_MEMORY_ATTRIBUTES", "KVM_CREATE_GUEST_MEMFD"),
-        _COALESCED: ("KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"),
+        _MEMORY: ("KVM_SET_MEMORY_ATTRIBUTES", "KVM_CREATE_GUEST_MEMFD"),
         _PMU: ("KVM_SET_PMU_EVENT_FILTER",),
         _HYPERV: ("KVM_HYPERV_EVENTFD",),
         _XEN: (
@@ -66,12 +64,6 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vcpu": {
         _IRQCHIP: ("KVM_GET_LAPIC", "KVM_SET_LAPIC", "KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR"),
-        "registers by number come with a later issue": (
-            "KVM_GET_ONE_REG",
-            "KVM_SET_ONE_REG",
-            "KVM_GET_REG_LIST",
-        ),
-        "populating memory beforehand comes with a later issue": ("KVM_PRE_FAULT_MEMORY",),
         _NESTED: ("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE"),
         _HYPERV: ("KVM_GET_SUPPORTED_HV_CPUID",),
         _XEN: ("KVM_XEN_VCPU_GET_ATTR", "KVM_XEN_VCPU_SET_ATTR"),

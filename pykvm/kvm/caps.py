@@ -33,13 +33,17 @@ EnableVcpu: TypeAlias = "Callable[[Vcpu, Args], int]"
 
 @dataclass(slots=True)
 class Cap:
-    """One capability; answer None: 1 as soon as an ioctl or an enable function names it."""
+    """One capability; answer None: 1 as soon as an ioctl or an enable function names it.
+
+    `any_flags`: KVM_ENABLE_CAP does not look at the flags.
+    """
 
     name: str
     number: int
     answer: Answer | None = None
     enable_vm: EnableVm | None = None
     enable_vcpu: EnableVcpu | None = None
+    any_flags: bool = False
 
 
 CAPS: dict[int, Cap] = {number: Cap(name, number) for name, number in capabilities().items()}
@@ -62,7 +66,9 @@ def capability(name: str, value: Answer) -> None:
     row.answer = value
 
 
-def vm_cap(name: str, value: Answer | None = None) -> Callable[[EnableVm], EnableVm]:
+def vm_cap(
+    name: str, value: Answer | None = None, *, any_flags: bool = False
+) -> Callable[[EnableVm], EnableVm]:
     """Register what KVM_ENABLE_CAP on a VM does: ``enable(vm, args) -> int``, args being 4 numbers."""
 
     def register(func: EnableVm) -> EnableVm:
@@ -71,6 +77,7 @@ def vm_cap(name: str, value: Answer | None = None) -> Callable[[EnableVm], Enabl
             msg = f"{name} has two enable functions"
             raise RegistryError(msg)
         row.enable_vm = func
+        row.any_flags = any_flags
         if value is not None:
             capability(name, value)
         return func
@@ -137,11 +144,11 @@ def vm_check_extension(vm: Vm, cap: int) -> int:
     return check_extension(vm, cap)
 
 
-def _enable_args(request: CData) -> tuple[int, Args]:
-    if request.flags:
+def _enable_args(request: CData, row: Cap | None) -> Args:
+    if request.flags and not (row is not None and row.any_flags):
         raise KvmError(EINVAL, f"flags {request.flags:#x}, must be 0")
     a, b, c, d = request.args
-    return request.cap, (a, b, c, d)
+    return a, b, c, d
 
 
 @vm_ioctl("KVM_ENABLE_CAP", In("struct kvm_enable_cap"), cap="KVM_CAP_ENABLE_CAP_VM")
@@ -153,10 +160,10 @@ def vm_enable_cap(vm: Vm, request: CData) -> int:
         E2BIG   KVM_CAP_DIRTY_LOG_RING: larger than a ring can be
     Source: api.rst 4.37 and 7; kvm_main.c kvm_vm_ioctl_enable_cap_generic, x86.c kvm_vm_ioctl_enable_cap
     """
-    number, args = _enable_args(request)
-    row = CAPS.get(number)
+    row = CAPS.get(request.cap)
+    args = _enable_args(request, row)
     if row is None or row.enable_vm is None or not vm.kernel.can_enable(row.name):
-        raise KvmError(EINVAL, f"capability {row.name if row else number} cannot be enabled on a VM")
+        raise KvmError(EINVAL, f"capability {row.name if row else request.cap} cannot be enabled on a VM")
     return row.enable_vm(vm, args)
 
 
@@ -168,10 +175,10 @@ def vcpu_enable_cap(vcpu: Vcpu, request: CData) -> int:
         EINVAL  flags; a capability that does not exist or cannot be enabled on a vCPU; its arguments
     Source: api.rst 4.37 and 6; x86.c kvm_vcpu_ioctl_enable_cap
     """
-    number, args = _enable_args(request)
-    row = CAPS.get(number)
+    row = CAPS.get(request.cap)
+    args = _enable_args(request, None)
     if row is None or row.enable_vcpu is None or not vcpu.vm.kernel.can_enable(row.name):
-        raise KvmError(EINVAL, f"capability {row.name if row else number} cannot be enabled on a vCPU")
+        raise KvmError(EINVAL, f"capability {row.name if row else request.cap} cannot be enabled on a vCPU")
     return row.enable_vcpu(vcpu, args)
 
 

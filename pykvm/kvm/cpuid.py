@@ -98,6 +98,7 @@ FEATURES = (
     Feature("RDRAND", "1_ECX", ("rdrand",), gated=True),
     Feature("HYPERVISOR", "1_ECX"),
     Feature("FPU", "1_EDX", ("fadd", "fldcw", "fnsave", "fsqrt")),
+    Feature("VME", "1_EDX"),
     Feature("DE", "1_EDX"),
     Feature("PSE", "1_EDX"),
     Feature("TSC", "1_EDX", ("rdtsc",)),
@@ -499,6 +500,8 @@ def after_set_cpuid(vcpu: Vcpu) -> None:
         ctl.cr4_valid &= CR4_ALWAYS | sum(bit for bit, name in CR4_FEATURES.items() if cpuid.has(name))
         ctl.efer_valid &= sum(bits for bits, name in EFER_FEATURES.items() if cpuid.has(name))
     ctl.xcr0_valid = cpuid.supported_xcr0 | uapi.XFEATURE_MASK_FP
+    other = cpuid.is_amd_compatible != vcpu.vm.processor.is_amd
+    ctl.flags = ctl.flags & ~lib.CPU_OTHER_VENDOR | (lib.CPU_OTHER_VENDOR if other else 0)
     # The root's level follows from the physical address width.
     vcpu.loaded_memslots = None
     vcpu.cpu.state_changed()

@@ -88,6 +88,8 @@ def check_full(vcpu: Vcpu) -> bool:
 
 
 def _enable(vm: Vm, size: int) -> int:
+    # An unsigned int in the kernel.
+    size &= 0xFFFF_FFFF
     if not size or size & (size - 1):
         raise KvmError(EINVAL, f"a ring of {size} bytes: not a power of two")
     if size < max(KVM_DIRTY_RING_RSVD_ENTRIES * ENTRY_SIZE, PAGE_SIZE):
@@ -103,7 +105,7 @@ def _enable(vm: Vm, size: int) -> int:
     return 0
 
 
-@vm_cap("KVM_CAP_DIRTY_LOG_RING", _MAX_SIZE)
+@vm_cap("KVM_CAP_DIRTY_LOG_RING", _MAX_SIZE, any_flags=True)
 def enable_dirty_log_ring(vm: Vm, args: Args) -> int:
     """Give each vCPU a dirty ring of args[0] bytes in place of the slots' bitmaps; before the first vCPU.
 
@@ -115,7 +117,7 @@ def enable_dirty_log_ring(vm: Vm, args: Args) -> int:
     return _enable(vm, args[0])
 
 
-@vm_cap("KVM_CAP_DIRTY_LOG_RING_ACQ_REL", _MAX_SIZE)
+@vm_cap("KVM_CAP_DIRTY_LOG_RING_ACQ_REL", _MAX_SIZE, any_flags=True)
 def enable_dirty_log_ring_acq_rel(vm: Vm, args: Args) -> int:
     """Do the same, for clients that order their accesses to the ring themselves.
 

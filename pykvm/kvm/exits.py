@@ -50,7 +50,6 @@ _BASIC_EXIT_REASONS = {
 _EPT_MISCONFIG = 49
 # SDM vol. 3 26.8: VM-entry failure due to invalid guest state, with the failure bit.
 INVALID_GUEST_STATE = 0x8000_0021
-NO_GFN = 0xFFFF_FFFF_FFFF_FFFF
 CPL_SHIFT = lib.CPU_AR_DPL_SHIFT
 _INSN_BYTES = 15
 _NOP = b"\x90"
@@ -162,7 +161,7 @@ def _complete_later(vcpu: Vcpu) -> Outcome:
     if not rip_moved(vcpu):
         return complete_instruction(vcpu)
     ctl = vcpu.cpu.ctl
-    ctl.pio_count = ctl.pio_out_done = ctl.mmio_count = 0
+    ctl.pio_count = ctl.pio_out_done = ctl.mmio_count = ctl.emulate_count = 0
     return RESUME
 
 
@@ -340,14 +339,14 @@ def handle_ept_violation(vcpu: Vcpu) -> Outcome:
     if trace.kvm_page_fault.enabled:
         trace.kvm_page_fault(vcpu=vcpu.id, gpa=gpa, error_code=ex.qualification)
     result = vcpu.vm.mmu.page_fault(vcpu, gpa, ex.qualification, ex.gla)
-    if result is not RetPf.EMULATE or vcpu.cpu.ctl.emulate_gfn == NO_GFN:
+    if result is not RetPf.EMULATE or not vcpu.cpu.ctl.emulate_count:
         return RESUME
     if vectoring:
-        vcpu.cpu.ctl.emulate_gfn = NO_GFN
+        vcpu.cpu.ctl.emulate_count = 0
         return event_vectoring_error(vcpu, gpa)
     # A write to a READONLY slot: once more, with writes to this frame coming out as MMIO.
     outcome = complete_instruction(vcpu)
-    vcpu.cpu.ctl.emulate_gfn = vcpu.cpu.ctl.emulate_gfn2 = NO_GFN
+    vcpu.cpu.ctl.emulate_count = 0
     return outcome
 
 

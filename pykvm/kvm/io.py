@@ -109,6 +109,9 @@ def _pio_out(vcpu: Vcpu, port: int, size: int, data: int, string: int) -> Outcom
     vcpu.run_memory[_PIO_DATA : _PIO_DATA + size] = data.to_bytes(4, "little")[:size]
     if trace.kvm_pio.enabled:
         trace.kvm_pio(direction="write", port=port, size=size, count=1, val=data)
+    ring = vcpu.vm.coalesced_mmio
+    if ring.zones and ring.write(port, data.to_bytes(4, "little")[:size], pio=1):
+        return RESUME if string else _complete_pio_out(vcpu)
     if not string:
         quirk = port == _PORT_7E and has_quirk(vcpu.vm, uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP)
         if quirk or not vcpu.vm.kernel.behaviour.out_waits:
@@ -177,15 +180,24 @@ def handle_mmio_write(vcpu: Vcpu) -> Outcome:
     if ex.idt_vectoring.info & _VALID:
         vcpu.events.requeue(vcpu)
         return event_vectoring_error(vcpu, ex.gpa)
-    fragments, mmu = vcpu.mmio_fragments, vcpu.vm.mmu
+    fragments, mmu, ring = vcpu.mmio_fragments, vcpu.vm.mmu, vcpu.vm.coalesced_mmio
     for piece in range(ex.mmio_count):
         gpa, length, data = _CPU_MMIO.unpack_from(memory, _CPU_MMIO_OFFSET + piece * _CPU_MMIO_SIZE)
         # Shadow paging: a guest page table that is watched, and memory all the same.
         if mmu.emulated_write(vcpu, gpa, data[:length]):
             continue
-        for at in range(0, length, _FRAGMENT):
+        start = _coalesce(vcpu, gpa, data[:length]) if ring.zones else 0
+        for at in range(start, length, _FRAGMENT):
             fragments.append((gpa + at, data[at : min(at + _FRAGMENT, length)]))
     return _mmio_write_exit(vcpu)
+
+
+def _coalesce(vcpu: Vcpu, gpa: int, data: bytes) -> int:
+    """Put into the ring what of a write, from its start on, belongs there; return how many bytes did."""
+    for at in range(0, len(data), _FRAGMENT):
+        if not vcpu.vm.coalesced_mmio.write(gpa + at, data[at : at + _FRAGMENT], pio=0):
+            return at
+    return len(data)
 
 
 def _mmio_write_exit(vcpu: Vcpu) -> Outcome:

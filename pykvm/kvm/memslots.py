@@ -16,7 +16,6 @@ from pykvm.mmu.slots import PAGE_SHIFT, Change, Memslot, Memslots
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -71,7 +70,8 @@ def set_memory_region(vm: Vm, region: Region) -> int:
                 raise KvmError(EEXIST, f"slot {slot_id}: {region.guest_phys_addr:#x} overlaps another slot")
             if new.end_gfn - 1 > MAX_GFN:
                 raise KvmError(EINVAL, f"slot {slot_id}: beyond the physical address width")
-        _commit(vm, old, dataclasses.replace(new, dirty_bitmap=_dirty_bitmap(vm, old, new)), change, as_id)
+        bitmap, same_as = _dirty_bitmap(vm, old, new), old if change is Change.FLAGS_ONLY else None
+        _commit(vm, old, dataclasses.replace(new, dirty_bitmap=bitmap, same_as=same_as), change, as_id)
     return 0
 
 
@@ -158,8 +158,10 @@ def _commit(vm: Vm, old: Memslot | None, new: Memslot | None, change: Change, as
             spaces[i] = slots.replaced(old, new, generation)
         else:
             spaces[i] = dataclasses.replace(slots, generation=generation)
-    vm.memslots = tuple(spaces)
-    vm.mmu.on_memslots_changed(old, new, change, as_id)
+    # No fault may find the new slots before what the old ones meant is gone.
+    with vm.mmu.lock:
+        vm.memslots = tuple(spaces)
+        vm.mmu.on_memslots_changed(old, new, change, as_id)
     for stats_file in vm.stats_files:
         stats_file.refresh()
 
@@ -176,15 +178,30 @@ def set_user_memory_region(vm: Vm, region: CData) -> int:
         EEXIST  the new range overlaps another slot of the address space
     Source: api.rst 4.35; virt/kvm/kvm_main.c kvm_set_memory_region
     """
-    return set_memory_region(
-        vm,
-        Region(
-            int(region.slot),
-            int(region.flags),
-            Gpa(int(region.guest_phys_addr)),
-            int(region.memory_size),
-            Hva(int(region.userspace_addr)),
-        ),
+    return set_memory_region(vm, _region(region))
+
+
+@vm_ioctl(
+    "KVM_SET_USER_MEMORY_REGION2", In("struct kvm_userspace_memory_region2"), cap="KVM_CAP_USER_MEMORY2"
+)
+def set_user_memory_region2(vm: Vm, region: CData) -> int:
+    """Do what KVM_SET_USER_MEMORY_REGION does; there is no guest_memfd, and its members are not looked at.
+
+    Errors:
+        EINVAL  what KVM_SET_USER_MEMORY_REGION refuses; KVM_MEM_GUEST_MEMFD
+        EEXIST  the new range overlaps another slot of the address space
+    Source: api.rst 4.140; virt/kvm/kvm_main.c kvm_set_memory_region, check_memory_region_flags
+    """
+    return set_memory_region(vm, _region(region))
+
+
+def _region(region: CData) -> Region:
+    return Region(
+        int(region.slot),
+        int(region.flags),
+        Gpa(int(region.guest_phys_addr)),
+        int(region.memory_size),
+        Hva(int(region.userspace_addr)),
     )
 
 
@@ -221,17 +238,9 @@ def write_guest(vm: Vm, gpa: int, data: bytes, as_id: int = 0) -> bool:
             copy_to_user(slot.hva(at >> PAGE_SHIFT) + at % PAGE_SIZE, data[done : done + n])
         except KvmError:
             return False
-        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT, running_vcpu(vm))
+        vm.mmu.mark_page_dirty(as_id, at >> PAGE_SHIFT)
         done += n
     return True
-
-
-def running_vcpu(vm: Vm) -> Vcpu | None:
-    """Return the vCPU whose ioctl this thread is in (kvm_get_running_vcpu); only dirty rings ask."""
-    if not vm.dirty_ring_size:
-        return None
-    # An RLock tells who owns it, but the type stubs do not.
-    return next((vcpu for vcpu in vm.vcpus.values() if vcpu.mutex._is_owned()), None)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def hva_ranges(vm: Vm) -> tuple[tuple[int, int], ...]:
@@ -243,11 +252,13 @@ def hva_ranges(vm: Vm) -> tuple[tuple[int, int], ...]:
     )
 
 
-def invalidate_range(vm: Vm, start: int, end: int) -> None:
+def invalidate_range_start(vm: Vm, start: int, end: int) -> None:
     """Drop every translation to host memory in [start, end): the MMU notifier's role.
 
-    Called before the client's munmap, mmap over it, mremap or mprotect takes effect.
+    Called before the client's munmap, mmap over it, mremap, madvise or mprotect takes effect.  Until
+    `invalidate_range_end`, which must follow, faults there are retried.
     """
+    vm.mmu.invalidate_begin(start, end)
     for slots in vm.memslots:
         for slot in slots.ordered:
             first = max(start, slot.userspace_addr)
@@ -256,6 +267,11 @@ def invalidate_range(vm: Vm, start: int, end: int) -> None:
                 gfn = slot.base_gfn + ((first - slot.userspace_addr) >> PAGE_SHIFT)
                 npages = (last - first + PAGE_SIZE - 1) >> PAGE_SHIFT
                 vm.mmu.unmap_gfn_range(slot.as_id, gfn, gfn + npages)
+
+
+def invalidate_range_end(vm: Vm, start: int, end: int) -> None:
+    """Let faults have the memory at [start, end) as it is now: it has changed."""
+    vm.mmu.invalidate_end(start, end)
 
 
 def new_address_spaces(count: int) -> tuple[Memslots, ...]:

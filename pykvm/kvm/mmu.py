@@ -12,7 +12,6 @@ from pykvm.kvm import stats
 from pykvm.kvm.caps import capability
 from pykvm.kvm.exits import (
     HANDLERS,
-    NO_GFN,
     RESUME,
     Outcome,
     complete_instruction,
@@ -31,6 +30,7 @@ capability("KVM_CAP_MMU_SHADOW_CACHE_CONTROL", 1)
 _VALID = lib.CPU_EVENT_VALID
 _EXIT_NONE = lib.EXIT_NONE
 _CR0, _CR3, _CR4, _CR8 = 0, 3, 4, 8
+_INVLPG, _INVPCID_ADDRESS, _INVPCID_SINGLE = 0, 1, 2  # what EXIT_INVLPG is of
 # An instruction that runs into more watched frames than this has its tables unprotected instead.
 _EMULATED_FRAMES = 8
 # SDM vol. 3 4.4.1: what has the PDPTEs read again.
@@ -56,7 +56,8 @@ def handle_page_fault(vcpu: Vcpu) -> Outcome:
         vcpu.events.queue_exception(vcpu, uapi.PF_VECTOR, result.error_code, gla)
         return RESUME
     if result is RetPf.WRITE_PROTECTED:
-        gfn = int(vcpu.cpu.ctl.emulate_gfn)
+        ctl = vcpu.cpu.ctl
+        gfn = int(ctl.emulate[ctl.emulate_count - 1].gfn)
         if vectoring:
             # The delivery of an event cannot be emulated; what it writes to is no table any more, anyway.
             _stop_emulating(vcpu)
@@ -106,15 +107,14 @@ def _emulate_table_write(vcpu: Vcpu, gfn: int) -> Outcome:
 
 
 def _stop_emulating(vcpu: Vcpu) -> None:
-    ctl = vcpu.cpu.ctl
-    ctl.emulate_gfn = ctl.emulate_gfn2 = NO_GFN
+    vcpu.cpu.ctl.emulate_count = 0
 
 
 @on_exit(lib.EXIT_CR_ACCESS)
 def handle_cr_access(vcpu: Vcpu) -> Outcome:
     """CR8 was lowered; or, with shadow paging, the tables mean something else now."""
     mmu, ex, guest = vcpu.vm.mmu, vcpu.cpu.exit, vcpu.cpu.guest
-    register, old = int(ex.qualification), int(ex.gla)
+    register, old = int(ex.qualification) & 0xF, int(ex.gla)
     if register == _CR8:
         return tpr_lowered(vcpu)
     changed = old ^ int(guest.cr3 if register == _CR3 else guest.cr0 if register == _CR0 else guest.cr4)
@@ -126,21 +126,28 @@ def handle_cr_access(vcpu: Vcpu) -> Outcome:
         vcpu.cpu.state_changed()
         vcpu.events.inject_gp(vcpu)
         return RESUME
-    if register == _CR3 or changed & (CR0_ROLE_BITS if register == _CR0 else CR4_ROLE_BITS):
+    if register == _CR3:
+        mmu.new_cr3(vcpu, noflush=bool(ex.qualification & lib.CPU_CR3_NOFLUSH))
+    elif changed & (CR0_ROLE_BITS if register == _CR0 else CR4_ROLE_BITS):
         mmu.paging_changed(vcpu)
     elif register == _CR4 and changed & (uapi.X86_CR4_PGE | uapi.X86_CR4_PCIDE):
-        mmu.new_cr3(vcpu)
+        mmu.flush_tlb_guest(vcpu)
     return RESUME
 
 
 @on_exit(lib.EXIT_INVLPG)
 def handle_invlpg(vcpu: Vcpu) -> Outcome:
-    """Shadow paging: the guest has changed a translation; INVPCID counts as a write to CR3."""
+    """Shadow paging: the guest has changed a translation, or those of a PCID (kvm_handle_invpcid)."""
     ex, mmu = vcpu.cpu.exit, vcpu.vm.mmu
-    if ex.qualification:
-        mmu.new_cr3(vcpu)
+    how, gla, pcid = int(ex.qualification), int(ex.gla), int(ex.gpa)
+    if how == _INVLPG:
+        mmu.invlpg(vcpu, gla)
+    elif how == _INVPCID_ADDRESS:
+        mmu.invpcid_gva(vcpu, gla, pcid)
+    elif how == _INVPCID_SINGLE:
+        mmu.invalidate_pcid(vcpu, pcid)
     else:
-        mmu.invlpg(vcpu, int(ex.gla))
+        mmu.flush_tlb_guest(vcpu)
     return RESUME
 
 

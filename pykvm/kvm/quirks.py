@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
 
-# Memory has no types here and all slots are dropped alike: three of them change nothing to see.
+# Memory has no types here, all slots are dropped alike, and there is no local APIC: five change nothing.
 SUPPORTED = (
-    uapi.KVM_X86_QUIRK_CD_NW_CLEARED
+    uapi.KVM_X86_QUIRK_LINT0_REENABLED
+    | uapi.KVM_X86_QUIRK_CD_NW_CLEARED
+    | uapi.KVM_X86_QUIRK_LAPIC_MMIO_HOLE
     | uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP
     | uapi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
     | uapi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN

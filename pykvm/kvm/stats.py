@@ -3,6 +3,9 @@
 The file is memory with the kernel's layout: header, name, descriptors, values.  Values are put there when the
 vCPU that counts comes back to its client, every ten milliseconds while it does not, and after the ioctls that
 change them; nothing is done while nobody has asked for a descriptor.
+
+Unlike the kernel's, the file can be mapped, and lseek() moves where read() reads: as its end is fixed, a
+client that reads it as the manual says sees no difference.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import struct
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from pykvm.abi import CData, ffi, lib, uapi
@@ -61,6 +65,8 @@ VM_STATS: tuple[Desc, ...] = (
     Desc("max_mmu_rmap_size", _PEAK),
     Desc("max_mmu_page_hash_collisions", _PEAK),
 )
+# Its value is the last all the same: that is its place in struct kvm_vm_stat.
+_LAST_VALUE = "max_mmu_rmap_size"
 VCPU_STATS: tuple[Desc, ...] = (
     *_counters("halt_successful_poll halt_attempted_poll halt_poll_invalid halt_wakeup"),
     *(Desc(name, _SECONDS, -9) for name in ("halt_poll_success_ns", "halt_poll_fail_ns", "halt_wait_ns")),
@@ -90,6 +96,7 @@ class StatsFile:
         """Describe the file; `open` makes it."""
         self._vm = vm
         self._descs = descs
+        self._in_order = sorted(descs, key=lambda desc: desc.name == _LAST_VALUE)
         self._values = values
         self._memory: CData = ffi.NULL
         name_bytes = name.encode().ljust(_NAME_SIZE, b"\0")
@@ -100,11 +107,11 @@ class StatsFile:
         self.size = self._data_offset + 8 * sum(desc.size for desc in descs)
 
     def _descriptors(self) -> Iterable[bytes]:
-        offset = 0
+        sizes = [8 * desc.size for desc in self._in_order]
+        offsets = dict(zip(self._in_order, accumulate(sizes, initial=0), strict=False))
         for desc in self._descs:
-            head = _DESCRIPTOR.pack(desc.flags, desc.exponent, desc.size, offset, 0)
+            head = _DESCRIPTOR.pack(desc.flags, desc.exponent, desc.size, offsets[desc], 0)
             yield head + desc.name.encode().ljust(_NAME_SIZE, b"\0")
-            offset += 8 * desc.size
 
     def open(self, name: str) -> int:
         """Return a new descriptor, which can be read and nothing else.  Raises EMFILE, ENFILE."""
@@ -125,7 +132,7 @@ class StatsFile:
         """Write the values as they are."""
         values = self._values()
         data: list[int] = []
-        for desc in self._descs:
+        for desc in self._in_order:
             value = values.get(desc.name, 0)
             data += value if isinstance(value, list) else [value] * desc.size
         packed = struct.pack(f"<{len(data)}Q", *data)

@@ -25,7 +25,6 @@ from pykvm.kvm.exits import (
     ENTRIES_UNSEEN,
     EXIT_NAMES,
     HANDLERS,
-    NO_GFN,
     RESUME,
     USERSPACE,
     Outcome,
@@ -124,9 +123,9 @@ class Vcpu:
     def _reset(self) -> None:
         self.cpu.gpr[_RDX] = _RESET_RDX
         ctl = self.cpu.ctl
-        ctl.emulate_gfn = NO_GFN
         # No local APIC in the kernel: the client wants to see the TPR fall.
         ctl.flags |= lib.CPU_EXIT_HLT | lib.CPU_EXIT_CR8
+        ctl.flags |= lib.CPU_AMD if self.vm.processor.is_amd else 0
         cpuid.after_set_cpuid(self)
         clock.synchronize_tsc(self, None)
         if not quirks.has_quirk(self.vm, uapi.KVM_X86_QUIRK_STUFF_FEATURE_MSRS):
@@ -227,6 +226,7 @@ def run(vcpu: Vcpu) -> int:
         rules = vcpu.vm.kernel.behaviour
         immediate_exit = kvm_run.immediate_exit if rules.immediate_exit else 0
         kvm_run.flags = 0
+        vcpu.vm.coalesced_mmio.sync()
         try:
             return _run(vcpu, kvm_run, immediate_exit)
         except MemoryFault as fault:
@@ -239,6 +239,7 @@ def run(vcpu: Vcpu) -> int:
                 regs.store_sync_regs(vcpu)
             post_run_save(vcpu)
             vcpu.stat.host_state_reload += 1
+            vcpu.vm.coalesced_mmio.sync()
             for stats_file in vcpu.vm.stats_files:
                 stats_file.refresh()
     finally:
@@ -301,6 +302,8 @@ def vcpu_run(vcpu: Vcpu) -> int:
         # The processor looks for signals itself, but not while each entry ends in delivering an event.
         entries += 1
         if not entries % ENTRIES_UNSEEN:
+            for stats_file in vm.stats_files:
+                stats_file.refresh()
             vcpu.check_signal()
 
 

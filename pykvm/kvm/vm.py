@@ -15,6 +15,7 @@ from pykvm.fd.table import File, anon_inode_getfd
 from pykvm.kvm import memslots
 from pykvm.kvm.caps import Args, capability, check_extension, vm_cap
 from pykvm.kvm.clock import VmClock
+from pykvm.kvm.coalesced_mmio import CoalescedMmio
 from pykvm.kvm.dirty_ring import OFFSET as DIRTY_RING_OFFSET
 from pykvm.kvm.dirty_ring import make_ring
 from pykvm.kvm.profile import absent_requests
@@ -102,6 +103,7 @@ class Vm:
         self.dirty_log_initially_set = False
         # Bytes of each vCPU's dirty ring, 0: there are none.
         self.dirty_ring_size = 0
+        self.coalesced_mmio = CoalescedMmio()
         self.stats_files: tuple[StatsFile, ...] = ()
         self.exception_payload_enabled = False
         self.triple_fault_event = False
@@ -166,6 +168,7 @@ class Vm:
             vcpu.destroy()
         self.vcpus = {}
         self._run_memory = {}
+        self.coalesced_mmio.clear()
         self.memslots = memslots.new_address_spaces(len(self.memslots))
         self.mmu.destroy()
 
@@ -232,6 +235,7 @@ class Vm:
             # The vCPU stays part of the VM when its descriptor is closed, and so must its kvm_run.
             self._run_memory[vcpu.id] = file.memory
             vcpu.run = ffi.cast("struct kvm_run *", file.memory)
+            self.coalesced_mmio.add_copy(file.memory)
             if self.dirty_ring_size:
                 vcpu.dirty_ring = make_ring(vcpu, file.memory, self.dirty_ring_size)
 

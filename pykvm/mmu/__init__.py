@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pykvm.mmu.base import MemoryFault, Mmu, RetPf
+from pykvm.mmu.base import KVM_MIN_ALLOC_MMU_PAGES, MemoryFault, Mmu, RetPf
 from pykvm.mmu.direct import TdpMmu
-from pykvm.mmu.shadow import KVM_MIN_ALLOC_MMU_PAGES, ShadowMmu
+from pykvm.mmu.shadow import ShadowMmu
 from pykvm.mmu.stat import VcpuStat, VmStat
 
 if TYPE_CHECKING:

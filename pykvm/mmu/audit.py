@@ -9,6 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pykvm.mmu import spte as sptes
+from pykvm.mmu.memslot_arch import MemslotArch
 from pykvm.mmu.rmap import LEVELS
 from pykvm.mmu.shadow import ShadowMmu
 from pykvm.mmu.shadow_pages import ACC_GUEST_USER
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from pykvm.mmu.base import Mmu
     from pykvm.mmu.pages import MmuPage
-    from pykvm.mmu.slots import Memslots
+    from pykvm.mmu.slots import Memslot, Memslots
 
 
 def audit(mmu: Mmu, memslots: tuple[Memslots, ...]) -> list[str]:
@@ -30,6 +31,7 @@ def audit(mmu: Mmu, memslots: tuple[Memslots, ...]) -> list[str]:
         if isinstance(mmu, ShadowMmu):
             found += _audit_rmap(mmu)
             found += _audit_write_protection(mmu)
+            found += [line for slots in memslots for slot in slots.ordered for line in _audit_slot(mmu, slot)]
     return found
 
 
@@ -148,15 +150,26 @@ def _audit_shadow_counts(mmu: ShadowMmu, leaves: Counter[int]) -> Iterator[str]:
         if page.role.direct:
             continue
         gfn, smm = page.gfn, page.role.smm
-        tracked = mmu.tables.is_write_tracked(gfn, smm=smm)
-        if page.role.level > sptes.PG_LEVEL_4K and not tracked:
-            yield f"{_name(page)}: not write-tracked"
-        if not mmu.tables.is_shadowed(gfn, smm=smm) or not mmu.tables.disallows_lpage(gfn, 2, smm=smm):
+        if not mmu.tables.is_shadowed(gfn, smm=smm):
             yield f"{_name(page)}: not counted among the shadowed frames"
     loaded = Counter(page for root in mmu.loaded_roots() for page in root.pages if page is not None)
     for page in mmu.pages:
         if page.root_count != loaded[page]:
             yield f"{_name(page)}: root_count {page.root_count}, loaded {loaded[page]} times"
+
+
+def _audit_slot(mmu: ShadowMmu, slot: Memslot) -> Iterator[str]:
+    """Compare what a slot says of its frames with the pages there are, counted anew."""
+    fresh = MemslotArch(slot.base_gfn, slot.npages, slot.userspace_addr)
+    for page in mmu.pages:
+        if not page.role.direct and int(page.role.smm) == slot.as_id and slot.contains(page.gfn):
+            fresh.account_shadowed(page.gfn, 1, tracked=page.role.level > sptes.PG_LEVEL_4K)
+    if slot.arch.write_track != fresh.write_track:
+        yield f"slot {slot.id}: frames {slot.arch.write_track} are write-tracked, must be {fresh.write_track}"
+    if slot.arch.lpage_info != fresh.lpage_info:
+        yield f"slot {slot.id}: disallow_lpage {slot.arch.lpage_info}, must be {fresh.lpage_info}"
+    if (slot.arch.rmap is not None) != mmu.tables.shadow_root_allocated:
+        yield f"slot {slot.id}: has a reverse map before there is a root, or none"
 
 
 def _audit_rmap(mmu: ShadowMmu) -> Iterator[str]:

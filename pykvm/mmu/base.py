@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import threading
-from errno import EFAULT
+from errno import EFAULT, ENOSPC
 from typing import TYPE_CHECKING
 
 from pykvm import trace
@@ -17,7 +17,7 @@ from pykvm.mmu.slots import set_bits
 from pykvm.mmu.stat import VmStat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from pykvm.mmu.walk import Fault
 
 KVM_MAX_HUGEPAGE_LEVEL = sptes.PG_LEVEL_1G
+KVM_MIN_ALLOC_MMU_PAGES = 64
+KVM_MIN_FREE_MMU_PAGES = 5
+KVM_REFILL_PAGES = 25
+# One shadow page for so many pages of memory.
+KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO = 50
 
 
 class RetPf(enum.Enum):
@@ -51,7 +56,9 @@ class Mmu(abc.ABC):
     """The MMU of one VM. `lock` is mmu_lock: it guards the tables, not the slots.
 
     `mmio_gen_bits`: how many bits of the memslot generation an MMIO spte carries; fewer than there are only
-    for tests of what happens when they wrap.
+    for tests of what happens when they wrap.  `n_requested_mmu_pages`: what KVM_SET_NR_MMU_PAGES asked for,
+    0 when it did not; `n_max_mmu_pages`: the limit there is.  `invalidate_seq`: how often host memory behind
+    slots has changed (mmu_invalidate_seq).
     """
 
     mmio_gen_bits = sptes.MMIO_GEN_BITS
@@ -68,6 +75,11 @@ class Mmu(abc.ABC):
         self._caches: dict[int, MemoryCache] = {}
         # A present spte went without a flush; a flush for the host's sake must not be left out then.
         self.tlbs_dirty = False
+        self.n_requested_mmu_pages = 0
+        self.n_max_mmu_pages = 0
+        self.invalidate_seq = 0
+        # Host ranges [start, end) whose mapping is changing right now (mmu_invalidate_in_progress).
+        self._invalidating: list[tuple[int, int]] = []
 
     def memslots(self, vcpu: Vcpu) -> Memslots:
         """Return the current slots of the address space the vCPU is in."""
@@ -98,8 +110,17 @@ class Mmu(abc.ABC):
 
     # ---- what only shadow paging has to follow; the processor does it alone otherwise ----
 
-    def new_cr3(self, vcpu: Vcpu) -> None:
-        """The guest wrote CR3, or flushed its TLB by another instruction."""
+    def new_cr3(self, vcpu: Vcpu, *, noflush: bool = False) -> None:
+        """The guest wrote CR3. noflush: with bit 63 set, what is known of its PCID stays."""
+
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        """The guest invalidated everything, of all PCIDs."""
+
+    def invalidate_pcid(self, vcpu: Vcpu, pcid: int) -> None:
+        """The guest invalidated the translations of a PCID."""
+
+    def invpcid_gva(self, vcpu: Vcpu, gla: int, pcid: int) -> None:
+        """The guest invalidated a translation of a PCID."""
 
     def paging_changed(self, vcpu: Vcpu) -> None:
         """The guest changed CR0, CR4 or EFER so that tables mean something else."""
@@ -122,12 +143,55 @@ class Mmu(abc.ABC):
         """Give up watching a frame so that an instruction can be retried; False when nothing did."""
         return False
 
-    def set_limit(self, count: int) -> None:
-        """Keep to so many shadow pages from now on (KVM_SET_NR_MMU_PAGES)."""
+    # ---- how many pages there may be ----
 
-    def shrink(self, count: int) -> int:  # noqa: ARG002
-        """Free up to `count` of the oldest shadow pages under memory pressure; return how many."""
-        return 0
+    @abc.abstractmethod
+    def _zap_oldest(self, count: int) -> int:
+        """Zap that many pages from the tail of the active list, but no loaded root; return how many."""
+
+    def _make_pages_available(self) -> None:
+        """make_mmu_pages_available(): zap the oldest until a handful are free.
+
+        Errors:
+            ENOSPC  all that are left are loaded roots
+        """
+        available = self.n_max_mmu_pages - len(self.pages)
+        if available >= KVM_MIN_FREE_MMU_PAGES:
+            return
+        self.stat.mmu_recycled += self._zap_oldest(KVM_REFILL_PAGES - available)
+        if self.n_max_mmu_pages <= len(self.pages):
+            raise KvmError(ENOSPC, f"all {len(self.pages)} shadow pages are in use")
+
+    def set_limit(self, count: int) -> None:
+        """Zap what is above the limit now, oldest first (KVM_SET_NR_MMU_PAGES, kvm_mmu_change_mmu_pages)."""
+        with self.lock:
+            self.n_requested_mmu_pages = count
+            self._change_mmu_pages(count)
+            zapped = self.pages.take_zapped()
+        self._finish(zapped, flush=False)
+
+    def _change_mmu_pages(self, goal: int) -> None:
+        if len(self.pages) > goal:
+            self._zap_oldest(len(self.pages) - goal)
+            goal = max(goal, len(self.pages))
+        self.n_max_mmu_pages = goal
+
+    def _update_limit(self) -> None:
+        """kvm_arch_commit_memory_region(): by how much memory there is, unless somebody asked."""
+        if self.n_requested_mmu_pages:
+            return
+        npages = sum(slot.npages for slots in self._vm.memslots for slot in slots.ordered)
+        self._change_mmu_pages(max(npages // KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO, KVM_MIN_ALLOC_MMU_PAGES))
+
+    def shrink(self, count: int) -> int:
+        """Free up to `count` of the oldest pages (memory pressure); return how many."""
+        with self.lock:
+            done = self._zap_oldest(count)
+            zapped = self.pages.take_zapped()
+        self._finish(zapped, flush=False)
+        return done
+
+    # ---- slots and the host's memory ----
 
     @abc.abstractmethod
     def on_memslots_changed(
@@ -147,7 +211,25 @@ class Mmu(abc.ABC):
     def destroy(self) -> None:
         """Free everything: the VM is going away and no vCPU runs."""
 
-    # ---- the host's memory ----
+    def invalidate_begin(self, start: int, end: int) -> None:
+        """Host memory at [start, end) is about to change: until the end nothing there is mapped anew."""
+        with self.lock:
+            self._invalidating.append((start, end))
+
+    def invalidate_end(self, start: int, end: int) -> None:
+        """It has changed: what was found out about host pages before does not count any more."""
+        with self.lock:
+            self.invalidate_seq += 1
+            self._invalidating.remove((start, end))
+
+    def is_invalidated(self, seq: int, hva: int, size: int = 0x1000) -> bool:
+        """Whether host memory may have changed since `seq` was read (mmu_invalidate_retry_gfn).
+
+        Call under the lock: whoever changes it zaps under the lock, before or after the caller maps it.
+        """
+        return seq != self.invalidate_seq or any(
+            start < hva + size and hva < end for start, end in self._invalidating
+        )
 
     def host_fault(self, as_id: int, slot: Memslot, gfn: int) -> None:
         """An access of the guest's to mapped memory failed in the host: from now on look at each page.
@@ -163,15 +245,15 @@ class Mmu(abc.ABC):
     def max_mapping_level(self, slot: Memslot, gfn: Gfn, limit: int = KVM_MAX_HUGEPAGE_LEVEL) -> int:
         """Return the largest page a frame can be mapped by (kvm_mmu_max_mapping_level).
 
-        Gpa and hva must be congruent, the page wholly in the slot, and the host range mapped throughout;
-        dirty logging needs 4 KiB.
+        Gpa and hva must be congruent, the page wholly in the slot and without a shadowed table, and the host
+        range mapped throughout; dirty logging needs 4 KiB.
         """
         if slot.logging or limit == sptes.PG_LEVEL_4K:
             return sptes.PG_LEVEL_4K
         for level in range(limit, sptes.PG_LEVEL_4K, -1):
             npages = sptes.pages_per(level)
             base = gfn & ~(npages - 1)
-            if base < slot.base_gfn or base + npages > slot.end_gfn or slot.hva(base) % (npages << 12):
+            if slot.arch.disallow_lpage(gfn, level):
                 continue
             if self._mixed and self._is_mixed(slot.as_id, base, npages):
                 continue
@@ -192,27 +274,37 @@ class Mmu(abc.ABC):
 
     # ---- dirty logging ----
 
-    def mark_page_dirty(self, as_id: int, gfn: int, vcpu: Vcpu | None = None) -> None:
+    def mark_page_dirty(self, as_id: int, gfn: int) -> None:
         """Log a write that KVM itself did to a frame, after it is done."""
         # The slots as they are now: logging may have begun since the caller looked.
         slot = self._vm.memslots[as_id].gfn_to_memslot(gfn)
         if slot is not None and slot.logging:
             with self.lock:
-                self.mark_page_dirty_in_slot(slot, gfn, vcpu)
+                self.mark_page_dirty_in_slot(slot, gfn, self._running_vcpu())
+
+    def _running_vcpu(self) -> Vcpu | None:
+        """Return the vCPU whose ioctl this thread is in (kvm_get_running_vcpu); only dirty rings ask."""
+        if not self._vm.dirty_ring_size:
+            return None
+        # An RLock tells who owns it, but the type stubs do not.
+        vcpus = self._vm.vcpus.values()
+        return next((vcpu for vcpu in vcpus if vcpu.mutex._is_owned()), None)  # type: ignore[attr-defined]  # noqa: SLF001
 
     def mark_page_dirty_in_slot(self, slot: Memslot, gfn: int, vcpu: Vcpu | None) -> None:
         """Log a write, under the lock: in the slot's bitmap, or in the ring of the vCPU that writes."""
-        if slot.dirty_bitmap is not None:
-            slot.mark_page_dirty(gfn)
-        elif slot.logging and vcpu is not None and vcpu.dirty_ring is not None:
+        if slot.logging and vcpu is not None and vcpu.dirty_ring is not None:
             vcpu.dirty_ring.push(slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
+        elif slot.dirty_bitmap is not None:
+            slot.mark_page_dirty(gfn)
 
     def take_dirty(self, slot: Memslot, bitmap: bytearray) -> bytes:
         """Return the bitmap, clear it and write-protect the pages in it; no write gets lost."""
         with self.lock:
-            snapshot = bytes(bitmap)
-            bitmap[:] = bytes(len(bitmap))
-            flush = self._write_protect_bitmap(slot, 0, snapshot)
+            snapshot, clean = bytes(bitmap), bytes(len(bitmap))
+            flush = False
+            if snapshot != clean:
+                bitmap[:] = clean
+                flush = self._write_protect_bitmap(slot, 0, snapshot)
         self._flush_for_host(flush=flush)
         return snapshot
 
@@ -264,6 +356,10 @@ class Mmu(abc.ABC):
             self.flush_remote_tlbs()
         commit_zap(zapped)
 
+    def _step(self, vcpu: Vcpu, addr: int, step: str) -> None:
+        if trace.mmu_step.enabled:
+            trace.mmu_step(vcpu=vcpu.id, gfn=addr >> 12, step=step)
+
     def _trace_mmio(self, sptep: int, gfn: int, access: int, slots: Memslots) -> None:
         if trace.mark_mmio_spte.enabled:
             trace.mark_mmio_spte(sptep=sptep, gfn=gfn, access=access, gen=slots.generation)
@@ -292,9 +388,20 @@ def bitmap_words(bitmap: bytes, first: int) -> Iterable[tuple[int, CData]]:
         # Frames of one table have to lie in one group of 512.
         bitmap = (int.from_bytes(bitmap, "little") << shift).to_bytes(len(bitmap) + 64, "little")
     number = first >> sptes.PT64_LEVEL_BITS
-    for at in range(0, len(bitmap), 64):
+    for at in _pieces(bitmap):
         piece = bitmap[at : at + 64]
         if piece.strip(b"\0"):
             mask = ffi.new("uint64_t[8]")
             ffi.memmove(mask, piece, len(piece))
             yield number + at // 64, mask
+
+
+def _pieces(bitmap: bytes) -> Iterator[int]:
+    """Yield the offsets of 64-byte pieces; long stretches of nothing are passed over at once."""
+    for block in range(0, len(bitmap), _BLOCK):
+        if not _EMPTY_BLOCK.startswith(bitmap[block : block + _BLOCK]):
+            yield from range(block, min(block + _BLOCK, len(bitmap)), 64)
+
+
+_BLOCK = 1024
+_EMPTY_BLOCK = bytes(_BLOCK)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from pykvm import trace
 from pykvm.abi import CData, Gfn, Gpa, lib
+from pykvm.abi.uaccess import address_of
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.base import Mmu, RetPf, bitmap_words, host_access
+from pykvm.mmu.base import MemoryFault, Mmu, RetPf, bitmap_words, host_access
 from pykvm.mmu.pages import Role, commit_zap
 from pykvm.mmu.slots import Change, Memslot, Memslots
-from pykvm.mmu.tdp import Tdp
+from pykvm.mmu.tdp import Tdp, has_tables
 from pykvm.mmu.walk import ACC_ALL
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class PageFault:
     write: bool
     slots: Memslots
     gfn: Gfn
+    seq: int  # mmu_invalidate_seq before anything of the host was looked at
     goal_level: int = sptes.PG_LEVEL_4K
 
 
@@ -57,6 +59,7 @@ class TdpMmu(Mmu):
         ctl.mmio_gen_mask = sptes.MMIO_GEN_MASK
         ctl.mmio_gen = self.mmio_generation(self.memslots(vcpu))
         if ctl.eptp != tdp.root.spt_addr:
+            self._step(vcpu, 0, "load_mmu_pgd")
             ctl.flags |= lib.CPU_TDP
             ctl.ept_level = tdp.root.role.level
             ctl.eptp = tdp.root.spt_addr
@@ -74,8 +77,10 @@ class TdpMmu(Mmu):
         """mmu_alloc_direct_roots()."""
         cache = self.cache(vcpu)
         cache.topup()
+        self._step(vcpu, 0, "mmu_topup_memory_caches")
         with self.lock:
             if role not in self._roots:
+                self._step(vcpu, 0, "mmu_alloc_direct_roots")
                 self._roots[role] = Tdp(self.pages, role, self.stat, cache)
             return self._roots[role]
 
@@ -96,15 +101,20 @@ class TdpMmu(Mmu):
         """
         del gla
         vcpu.stat.pf_taken += 1
+        self.cache(vcpu).topup()
+        self._step(vcpu, addr, "mmu_topup_memory_caches")
         slots = self._vm.memslots[vcpu.as_id]
-        fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), slots, Gfn(addr >> 12))
+        gfn = Gfn(addr >> 12)
+        fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), slots, gfn, self.invalidate_seq)
         tdp = self.tdp_of(vcpu)
-        slot = slots.gfn_to_memslot(fault.gfn)
-        if slot is not None and not (fault.write and slot.readonly):
-            return self._fast_page_fault(vcpu, tdp, fault, slot) or self._direct_page_fault(
-                vcpu, tdp, fault, slot
-            )
-        return self._handle_abnormal_pfn(vcpu, tdp, fault, slot)
+        slot = slots.gfn_to_memslot(gfn)
+        if slot is None or (fault.write and slot.readonly):
+            return self._handle_abnormal_pfn(vcpu, tdp, fault, slot)
+        fault.goal_level = self.max_mapping_level(slot, gfn)
+        self._step(vcpu, addr, "mapping_level")
+        return self._fast_page_fault(vcpu, tdp, fault, slot) or self._direct_page_fault(
+            vcpu, tdp, fault, slot
+        )
 
     def _handle_abnormal_pfn(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot | None) -> RetPf:
         """There is nothing to map for this access: no slot, or a READONLY one that is written."""
@@ -113,23 +123,27 @@ class TdpMmu(Mmu):
             emulate_gfn(vcpu, fault.gfn)
             vcpu.stat.pf_emulate += 1
             return RetPf.EMULATE
-        cache = self.cache(vcpu)
-        cache.topup()
+        self._step(vcpu, fault.gpa, "handle_abnormal_pfn")
         gen = self.mmio_generation(fault.slots)
         with self.lock:
             if self.is_stale(fault.slots):
                 return RetPf.RETRY
+            self._limit_pages()
             # From now on the processor tells MMIO by itself.
-            tdp.map(fault.gfn, sptes.PG_LEVEL_4K, sptes.make_mmio_spte(fault.gfn, gen), cache)
+            mmio = sptes.make_mmio_spte(fault.gfn, gen)
+            flush = tdp.map(fault.gfn, sptes.PG_LEVEL_4K, mmio, self.cache(vcpu))
             if trace.mark_mmio_spte.enabled:
                 sptep = tdp.last_table(fault.gfn).sptep(fault.gfn)  # type: ignore[union-attr]
-                self._trace_mmio(int(sptep), fault.gfn, ACC_ALL, fault.slots)
+                self._trace_mmio(address_of(sptep), fault.gfn, ACC_ALL, fault.slots)
+            zapped = self.pages.take_zapped()
+        self._finish(zapped, flush=flush)
         vcpu.stat.pf_mmio_spte_created += 1
         vcpu.stat.pf_emulate += 1
         return RetPf.EMULATE
 
     def _fast_page_fault(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot) -> RetPf | None:
         """Give W back to an entry that lost it to dirty logging only, or see a stale fault."""
+        self._step(vcpu, fault.gpa, "fast_page_fault")
         with self.lock:
             if self.is_stale(fault.slots):
                 return RetPf.RETRY
@@ -158,17 +172,27 @@ class TdpMmu(Mmu):
         return RetPf.FIXED
 
     def _direct_page_fault(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot) -> RetPf:
-        cache = self.cache(vcpu)
-        cache.topup()
-        host_writable = host_access(slot, fault.gpa, write=fault.write)
-        fault.goal_level = self.max_mapping_level(slot, fault.gfn)
+        self._step(vcpu, fault.gpa, "kvm_faultin_pfn")
+        try:
+            host_writable = host_access(slot, fault.gpa, write=fault.write)
+        except MemoryFault:
+            self._step(vcpu, fault.gpa, "handle_abnormal_pfn")
+            raise
         with self.lock:
-            if self.is_stale(fault.slots):
+            self._step(vcpu, fault.gpa, "is_page_fault_stale")
+            if self.is_stale(fault.slots) or self._is_invalidated(fault, slot):
                 return RetPf.RETRY
+            self._limit_pages()
+            self._step(vcpu, fault.gpa, "make_mmu_pages_available")
             flush = self._direct_map(vcpu, tdp, fault, slot, host_writable=host_writable)
+            self._step(vcpu, fault.gpa, "direct_map")
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=flush)
         return RetPf.FIXED
+
+    def _is_invalidated(self, fault: PageFault, slot: Memslot) -> bool:
+        npages = sptes.pages_per(fault.goal_level)
+        return self.is_invalidated(fault.seq, slot.hva(fault.gfn & ~(npages - 1)), npages << 12)
 
     def _direct_map(
         self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot, *, host_writable: bool
@@ -185,6 +209,30 @@ class TdpMmu(Mmu):
         vcpu.stat.pf_fixed += 1
         return tdp.map(fault.gfn, level, spte | sptes.ROM * slot.readonly, self.cache(vcpu))
 
+    def _limit_pages(self) -> None:
+        # Without any slot there is no limit yet: then the processor says what is wrong.
+        if self.n_max_mmu_pages:
+            self._make_pages_available()
+
+    def _zap_oldest(self, count: int) -> int:
+        start = before = len(self.pages)
+        while start - len(self.pages) < count:
+            self._zap_oldest_tables(count - start + len(self.pages))
+            if before == len(self.pages):
+                break
+            before = len(self.pages)
+        return start - len(self.pages)
+
+    def _zap_oldest_tables(self, count: int) -> None:
+        """Zap up to `count` of those that have no tables below them: the older ones are mostly above."""
+        start = len(self.pages)
+        for page in self.pages.oldest():
+            if start - len(self.pages) >= count:
+                return
+            if not page.root_count and not has_tables(page):
+                # Which of the trees it is in makes no difference.
+                next(iter(self._roots.values())).zap_page(page)
+
     # ---- slots ----
 
     def on_memslots_changed(
@@ -200,6 +248,7 @@ class TdpMmu(Mmu):
             if not self._vm.memslots[0].generation % (1 << self.mmio_gen_bits):
                 for tdp in self._roots.values():
                     tdp.zap_mmio()
+            self._update_limit()
             zapped = self.pages.take_zapped()
         # Even with nothing zapped: processors hold the generation by which they tell MMIO entries.
         self.flush_remote_tlbs(reload=True)
@@ -257,11 +306,9 @@ def _role(level: int, smm: bool) -> Role:
 
 
 def emulate_gfn(vcpu: Vcpu, gfn: int, gla: int = 0) -> None:
-    """Have writes to the frame come out as MMIO; keep one that the same instruction met before."""
+    """Have the instruction's writes to the frame come out as MMIO, besides those it met before."""
     ctl = vcpu.cpu.ctl
-    if ctl.emulate_gfn not in (_NO_GFN, gfn):
-        ctl.emulate_gfn2, ctl.emulate_gla2 = ctl.emulate_gfn, ctl.emulate_gla
-    ctl.emulate_gfn, ctl.emulate_gla = gfn, gla
-
-
-_NO_GFN = 0xFFFF_FFFF_FFFF_FFFF
+    # There is room: the most is a task switch with its descriptors, TSSs and stack.
+    frame = ctl.emulate[ctl.emulate_count]
+    frame.gfn, frame.gla = gfn, gla
+    ctl.emulate_count += 1

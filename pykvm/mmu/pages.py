@@ -12,16 +12,17 @@ from pykvm import trace
 from pykvm.abi import CData, Gfn, ffi, lib
 from pykvm.abi.errors import KvmError
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.rmap import pte_list_add, pte_list_iter, pte_list_remove
+from pykvm.mmu.pte_list import pte_list_add, pte_list_iter, pte_list_remove
 from pykvm.mmu.walk import ACC_ALL, GpteFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pykvm.mmu.rmap import PteList
+    from pykvm.mmu.pte_list import PteList
 
 KVM_MMU_HASH_SHIFT = 12
-# Enough for one fault: a page for each level of the longest walk (PT64_ROOT_MAX_LEVEL), and some.
+# Enough for one fault: a page for each level of the longest walk, or PAE's root and its four pages.
+PT64_ROOT_MAX_LEVEL = 5
 KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE = 8
 _GOLDEN_RATIO_64 = 0x61C8_8646_80B5_83EB
 _GFN_SHIFT = 12
@@ -31,7 +32,9 @@ _ACCESS_MASK = (1 << _GFN_SHIFT) - 1
 class Role(NamedTuple):
     """What makes two shadow pages of one frame different (union kvm_mmu_page_role).
 
-    `format`: what the guest's entries mean (KVM's extended role); None of a direct page, which has none.
+    `format`: what the guest's entries mean, None of a direct page, which has none.  KVM tells formats apart
+    by the extended role of the root alone; here no page is ever found in another one.  Its bits ad_disabled,
+    guest_mode and passthrough are not here: our entries always have A and D, and no guest is nested.
     """
 
     level: int
@@ -45,6 +48,16 @@ class Role(NamedTuple):
     smep_andnot_wp: bool = False
     smap_andnot_wp: bool = False
     format: GpteFormat | None = None
+
+    @property
+    def word(self) -> int:
+        """The role as the kernel has it, in the bits of union kvm_mmu_page_role."""
+        bits = (
+            (self.has_4_byte_gpte, 4), (self.quadrant, 5), (self.direct, 7), (self.access & ACC_ALL, 8),
+            (self.efer_nx, 12), (self.cr0_wp, 13), (self.smep_andnot_wp, 14), (self.smap_andnot_wp, 15),
+            (self.smm, 24),
+        )  # fmt: skip
+        return self.level | sum(int(value) << shift for value, shift in bits)
 
     def __str__(self) -> str:
         """Return it as the kernel's trace shows it: level, gpte size, quadrant, direct, access, ..."""
@@ -89,18 +102,18 @@ class MemoryCache:
             ENOMEM  the host has none; nothing has changed
         """
         tables = self._tables
-        if len(tables) >= KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE // 2:
+        if len(tables) >= PT64_ROOT_MAX_LEVEL:
             return
         while len(tables) < KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE:
             table = lib.spt_alloc()
+            if not table and len(tables) >= PT64_ROOT_MAX_LEVEL:
+                return
             if not table:
                 raise KvmError(ENOMEM, "no memory for a shadow page")
             tables.append(table)
 
     def take(self) -> CData:
-        """Return a zeroed table."""
-        if not self._tables:
-            self.topup()
+        """Return a zeroed table: `topup` has seen to it that there is one."""
         return self._tables.pop()
 
     def free(self) -> None:
@@ -126,6 +139,7 @@ class MmuPage:
         "shadowed",
         "spt",
         "spt_addr",
+        "tdp_mmu_page",
         "unsync",
         "unsync_child_bitmap",
         "unsync_children",
@@ -139,6 +153,8 @@ class MmuPage:
         self.role = role
         self.mmu_valid_gen = mmu_valid_gen
         self.root_count = 0
+        # Made by Tdp and found by walking only: there is no reverse map, nothing is unsync.
+        self.tdp_mmu_page = False
         self.parent_ptes: PteList = 0
         # Frame and rights behind each entry; direct pages need none (shadowed_translation).
         self.shadowed = None if role.direct else array("Q", _EMPTY)
@@ -250,6 +266,14 @@ class PageTable:
     def sptep_to_sp(self, sptep: int) -> tuple[MmuPage, int]:
         """Return the page and the index of the spte at a host address (page->private)."""
         return self._by_spt[sptep & ~0xFFF], sptep >> 3 & sptes.PT64_ENTRIES - 1
+
+    def is_tdp_mmu(self, root: int) -> bool:
+        """Whether the root table at an address is one of two-dimensional paging, and in use (is_tdp_mmu).
+
+        PAE's table of four entries has no page and so is none.
+        """
+        page = self._by_spt.get(root)
+        return page is not None and page.tdp_mmu_page and page.root_count > 0
 
     def remove(self, page: MmuPage, *, pinned: bool = False) -> None:
         """Take a zapped page out of list and hash; it is freed unless a root still pins it."""

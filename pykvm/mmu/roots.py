@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pykvm.abi import CData, Gfn, ffi, lib
+from pykvm.abi import CData, Gfn, ffi, lib, uapi
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MemoryCache, MmuPage, Role
 from pykvm.mmu.walk import FRAME, FRAME32, PRESENT, Paging
@@ -41,6 +41,11 @@ class Root:
         return self.smm == smm and self.paging == paging and not self.obsolete
 
     @property
+    def pcid(self) -> int:
+        """The PCID in its CR3, or what is there without PCIDs."""
+        return self.paging.cr3 & uapi.X86_CR3_PCID_MASK
+
+    @property
     def obsolete(self) -> bool:
         """Whether a page of it has been zapped while it was loaded."""
         return any(page is not None and page.invalid for page in self.pages)
@@ -71,6 +76,42 @@ class VcpuMmu:
         gone = self.prev_roots[NUM_PREV_ROOTS:]
         del self.prev_roots[NUM_PREV_ROOTS:]
         return gone
+
+
+class ExtendedRole(NamedTuple):
+    """What CR4 and EFER mean for paging beside the role itself (union kvm_mmu_extended_role)."""
+
+    valid: bool
+    execonly: bool  # of EPT tables that a guest hypervisor makes: there are none
+    cr4_pse: bool
+    cr4_pke: bool
+    cr4_smap: bool
+    cr4_smep: bool
+    cr4_la57: bool
+    efer_lma: bool
+
+
+class CpuRole(NamedTuple):
+    """What a vCPU's registers ask of its root (union kvm_cpu_role)."""
+
+    base: Role
+    ext: ExtendedRole
+
+
+def calc_cpu_role(paging: Paging, smm: bool, cr4: int) -> CpuRole:
+    """kvm_calc_cpu_role(). cr4: the vCPU's; the rest of its registers is in `paging`."""
+    level = paging.root_level
+    ext = ExtendedRole(
+        valid=True,
+        execonly=False,
+        cr4_pse=level > 0 and bool(cr4 & uapi.X86_CR4_PSE),
+        cr4_pke=level >= 4 and bool(cr4 & uapi.X86_CR4_PKE),
+        cr4_smap=paging.mode.smap,
+        cr4_smep=paging.mode.smep,
+        cr4_la57=level == 5,
+        efer_lma=level >= 4,
+    )
+    return CpuRole(_root_role(paging, smm)._replace(level=level), ext)
 
 
 def alloc_root(tables: ShadowPages, paging: Paging, smm: bool, cache: MemoryCache) -> Root:

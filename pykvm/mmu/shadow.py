@@ -7,15 +7,14 @@ that is recorded about them in shadow_pages.py.
 
 from __future__ import annotations
 
-from errno import ENOSPC
+import contextlib
 from typing import TYPE_CHECKING
 
 from pykvm import trace
 from pykvm.abi import Gfn, Gpa, lib, uapi
-from pykvm.abi.errors import KvmError
 from pykvm.mmu import spte as sptes
 from pykvm.mmu import walk
-from pykvm.mmu.base import KVM_MAX_HUGEPAGE_LEVEL, Mmu, RetPf, host_access
+from pykvm.mmu.base import KVM_MAX_HUGEPAGE_LEVEL, MemoryFault, Mmu, RetPf, host_access
 from pykvm.mmu.direct import emulate_gfn
 from pykvm.mmu.guest import GuestTables
 from pykvm.mmu.pages import MmuPage, child_role, commit_zap
@@ -25,35 +24,26 @@ from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.walk import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, Access, Fault, GpteFormat, Paging, Walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from pykvm.kvm.vcpu import Vcpu
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.rmap import Rmap
 
-KVM_MIN_ALLOC_MMU_PAGES = 64
-KVM_MIN_FREE_MMU_PAGES = 5
-KVM_REFILL_PAGES = 25
-# One shadow page for so many pages of memory.
-KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO = 50
 PTE_PREFETCH_NUM = 8
 PDPTE_RESERVED = 0x1E6
 
 
 class ShadowMmu(Mmu):
-    """A VM's shadow MMU.
-
-    `n_requested_mmu_pages`: what KVM_SET_NR_MMU_PAGES asked for, 0 when it did not; `n_max_mmu_pages`: the
-    limit there is.
-    """
+    """A VM's shadow MMU."""
 
     def __init__(self, vm: Vm) -> None:
         """Start without pages."""
         super().__init__(vm)
-        self.tables = ShadowPages(vm, self.pages, self.stat, self.flush_remote_tlbs, self._reload_roots)
+        self.tables = ShadowPages(
+            vm, self.pages, self.stat, self.flush_remote_tlbs, self._reload_roots, lambda: self.tlbs_dirty
+        )
         self._vcpus: dict[int, VcpuMmu] = {}
-        self.n_requested_mmu_pages = 0
-        self.n_max_mmu_pages = 0
 
     @property
     def rmap(self) -> Rmap:
@@ -84,15 +74,20 @@ class ShadowMmu(Mmu):
             return
         cache = self.cache(vcpu)
         cache.topup()
+        self._step(vcpu, paging.cr3, "mmu_topup_memory_caches")
         with self.lock:
             self._put_roots(state, obsolete_only=True)
             self._switch_root(state, paging, smm)
             if state.root is None:
                 self._make_pages_available()
+                self._step(vcpu, paging.cr3, "mmu_alloc_shadow_roots")
+                self.tables.alloc_first_root()
                 state.root = alloc_root(self.tables, paging, smm, cache)
+            self._step(vcpu, paging.cr3, "kvm_mmu_sync_roots")
             self._sync_root(state.root)
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=False)
+        self._step(vcpu, paging.cr3, "load_mmu_pgd")
         ctl.flags &= ~lib.CPU_TDP
         ctl.flags |= lib.CPU_EXIT_CR0_CR4 | lib.CPU_EXIT_CR3 | lib.CPU_EXIT_INVLPG
         ctl.eptp, ctl.ept_level = state.root.eptp, state.root.level
@@ -125,15 +120,60 @@ class ShadowMmu(Mmu):
         gbpages = bool(ctl.cpuid[lib.CPU_CPUID_8000_0001_EDX] >> 26 & 1)
         return walk.paging_of(vcpu.cpu.guest, gbpages, int(ctl.maxphyaddr))
 
-    def new_cr3(self, vcpu: Vcpu) -> None:
-        """The guest flushed its TLB: take the root from the last few if it is there, and sync it."""
-        vcpu.stat.tlb_flush += 1
+    def new_cr3(self, vcpu: Vcpu, *, noflush: bool = False) -> None:
+        """Take the root from the last few if it is there (kvm_mmu_new_pgd), and sync it.
+
+        noflush: what the guest changed in the tables of this PCID it does not want to see yet.
+        """
         state = self.state(vcpu)
+        with self._changing_root(vcpu, state):
+            self._switch_root(state, self.paging(vcpu), bool(vcpu.as_id))
+            if not noflush:
+                vcpu.stat.tlb_flush += 1
+                self._invalidate_pcid(vcpu, state, int(vcpu.cpu.guest.cr3) & uapi.X86_CR3_PCID_MASK)
+
+    def paging_changed(self, vcpu: Vcpu) -> None:
+        """CR0, CR4 or EFER changed what tables mean: another root, or one of the last few."""
+        state = self.state(vcpu)
+        with self._changing_root(vcpu, state):
+            self._switch_root(state, self.paging(vcpu), bool(vcpu.as_id))
+            self._sync_roots(vcpu, state)
+
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        """Sync every root (kvm_vcpu_flush_tlb_guest)."""
+        state = self.state(vcpu)
+        with self._changing_root(vcpu, state):
+            self._sync_roots(vcpu, state)
+
+    def invalidate_pcid(self, vcpu: Vcpu, pcid: int) -> None:
+        """Sync the root if it is the PCID's, and forget its previous ones (kvm_invalidate_pcid)."""
+        state = self.state(vcpu)
+        with self._changing_root(vcpu, state):
+            vcpu.stat.tlb_flush += 1
+            self._invalidate_pcid(vcpu, state, pcid)
+
+    def _invalidate_pcid(self, vcpu: Vcpu, state: VcpuMmu, pcid: int) -> None:
+        if not vcpu.cpu.guest.cr4 & uapi.X86_CR4_PCIDE:
+            # Whatever CR3 is written next, its root is synced.
+            pcid = state.root.pcid if state.root else 0
+        elif gone := [root for root in state.prev_roots if root.pcid == pcid]:
+            state.prev_roots = [root for root in state.prev_roots if root not in gone]
+            for root in gone:
+                put_root(self.tables, root)
+        if state.root is not None and state.root.pcid == pcid:
+            self._sync_root(state.root)
+
+    def _sync_roots(self, vcpu: Vcpu, state: VcpuMmu) -> None:
+        vcpu.stat.tlb_flush += 1
+        for root in state.roots():
+            self._sync_root(root)
+
+    @contextlib.contextmanager
+    def _changing_root(self, vcpu: Vcpu, state: VcpuMmu) -> Iterator[None]:
+        """Under the lock; then have the processor use the root there is, or none yet."""
         old = state.root
         with self.lock:
-            self._switch_root(state, self.paging(vcpu), bool(vcpu.as_id))
-            if state.root is not None:
-                self._sync_root(state.root)
+            yield
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=False)
         if state.root is None:
@@ -151,10 +191,6 @@ class ShadowMmu(Mmu):
         if old is not None:
             for gone in state.push(old):
                 put_root(self.tables, gone)
-
-    def paging_changed(self, vcpu: Vcpu) -> None:
-        """CR0, CR4 or EFER changed what tables mean: another root, or one of the last few."""
-        self.new_cr3(vcpu)
 
     def reset_context(self, vcpu: Vcpu) -> None:
         """The client set registers: forget the roots, and all pages (kvm_mmu_reset_context).
@@ -208,6 +244,7 @@ class ShadowMmu(Mmu):
         stat.pf_taken += 1
         ac = bool(vcpu.cpu.guest.rflags & uapi.X86_EFLAGS_AC) and not error & lib.CPU_PF_IMPLICIT
         want = Access(bool(error & walk.PF_W), bool(error & walk.PF_U), bool(error & walk.PF_I), ac)
+        seq = self.invalidate_seq
         root, slots = self.state(vcpu).root, self.memslots(vcpu)
         if root is None or root.obsolete:
             # Here and not at the next entry: the instruction may be one that is being completed.
@@ -218,7 +255,9 @@ class ShadowMmu(Mmu):
         if isinstance(found, Fault):
             stat.pf_guest += 1
             return found
+        gpa = found.gfn << 12
         self.cache(vcpu).topup()
+        self._step(vcpu, gpa, "mmu_topup_memory_caches")
         slot = slots.gfn_to_memslot(found.gfn)
         if slot is None or (want.write and slot.readonly):
             return self._handle_abnormal_pfn(vcpu, root, gla, found, guest, slot)
@@ -226,11 +265,21 @@ class ShadowMmu(Mmu):
             result = self._write_fault(vcpu, root, gla, want, found, slot)
             if result is not None:
                 return result
-        host_writable = host_access(slot, Gpa(found.gfn << 12), write=want.write)
+        self._step(vcpu, gpa, "kvm_faultin_pfn")
+        try:
+            host_writable = host_access(slot, Gpa(gpa), write=want.write)
+        except MemoryFault:
+            self._step(vcpu, gpa, "handle_abnormal_pfn")
+            raise
         with self.lock:
-            if self.is_stale(slots) or root.obsolete:
+            self._step(vcpu, gpa, "is_page_fault_stale")
+            # As much as may be mapped: the guest's page, if the host has one as large.
+            npages = sptes.pages_per(min(found.level, KVM_MAX_HUGEPAGE_LEVEL))
+            first = slot.hva(found.gfn & ~(npages - 1))
+            if self._is_page_fault_stale(slots, root) or self.is_invalidated(seq, first, npages << 12):
                 return RetPf.RETRY
             self._make_pages_available()
+            self._step(vcpu, gpa, "make_mmu_pages_available")
             result, flush = self._fetch(vcpu, root, gla, want, found, slot, guest, host_writable)
             zapped = self.pages.take_zapped()
         self._finish(zapped, flush=flush)
@@ -242,6 +291,9 @@ class ShadowMmu(Mmu):
         # Under the lock: A and D are not set in the middle of another vCPU's emulated write.
         with self.lock:
             return walk.walk_addr(paging, gla, want, guest)
+
+    def _is_page_fault_stale(self, slots: Memslots, root: Root) -> bool:
+        return self.is_stale(slots) or root.obsolete
 
     def _count_result(self, vcpu: Vcpu, gla: int, found: Walk, result: RetPf) -> RetPf:
         stat = vcpu.stat
@@ -260,6 +312,7 @@ class ShadowMmu(Mmu):
         """See if a write to what is mapped already goes to a watched table, or is only not logged yet."""
         tables = self.tables
         smm = bool(vcpu.as_id)
+        self._step(vcpu, found.gfn << 12, "fast_page_fault")
         with self.lock:
             page, index = self._lookup(root, gla)
             if page is None or not page.view[index] & sptes.R:
@@ -305,6 +358,7 @@ class ShadowMmu(Mmu):
         self, vcpu: Vcpu, root: Root, gla: int, found: Walk, guest: GuestTables, slot: Memslot | None
     ) -> RetPf:
         """No memory, or READONLY memory that is written: have the instruction done piece by piece."""
+        self._step(vcpu, found.gfn << 12, "handle_abnormal_pfn")
         if trace.handle_mmio_page_fault.enabled:
             trace.handle_mmio_page_fault(addr=gla, gfn=found.gfn, access=found.access)
         with self.lock:
@@ -358,6 +412,7 @@ class ShadowMmu(Mmu):
             if mode.smep and access & ACC_GUEST_USER:
                 access &= ~ACC_EXEC
         goal = self._mapping_level(slot, found)
+        self._step(vcpu, found.gfn << 12, "mapping_level")
         page = self._descend(vcpu, root, gla, found, access, guest, goal)
         if page is None:
             return RetPf.RETRY, False
@@ -375,9 +430,11 @@ class ShadowMmu(Mmu):
             self.mark_page_dirty_in_slot(slot, found.gfn, vcpu)
         if protected and want.write:
             return RetPf.WRITE_PROTECTED, flush
+        self._step(vcpu, found.gfn << 12, "fetch")
         if not changed:
             return RetPf.SPURIOUS, flush
-        if level == sptes.PG_LEVEL_4K:
+        if level == sptes.PG_LEVEL_4K and not self._invalidating:
+            self._step(vcpu, found.gfn << 12, "pte_prefetch")
             flush = self._pte_prefetch(page, index, guest) or flush
         return RetPf.FIXED, flush
 
@@ -411,7 +468,9 @@ class ShadowMmu(Mmu):
                 role = child_role(page.role, level, False, found.accesses[at], index)
             child = self._existing_child(page, index, gfn, role)
             if child is None:
-                self.tables.drop_spte(page, index)
+                if self.tables.drop_spte(page, index):
+                    # A large page, or what the guest's entry was before (drop_large_spte).
+                    self.flush_remote_tlbs()
                 child = self.tables.get_page(gfn, role, cache)
                 # Needed before it is linked: a guest need not flush for an entry that was not present.
                 self.tables.sync_children(child)
@@ -433,12 +492,7 @@ class ShadowMmu(Mmu):
 
     def _mapping_level(self, slot: Memslot, found: Walk) -> int:
         """kvm_mmu_hugepage_adjust(): as large as the guest's page, the host's, and what lies in it allow."""
-        level = min(found.level, KVM_MAX_HUGEPAGE_LEVEL)
-        while level > sptes.PG_LEVEL_4K and self.tables.disallows_lpage(
-            found.gfn, level, smm=bool(slot.as_id)
-        ):
-            level -= 1
-        return self.max_mapping_level(slot, found.gfn, level)
+        return self.max_mapping_level(slot, found.gfn, min(found.level, KVM_MAX_HUGEPAGE_LEVEL))
 
     # ---- prefetch ----
 
@@ -473,49 +527,8 @@ class ShadowMmu(Mmu):
             page, index, gfn, access, slot, host_writable=not slot.readonly, writable=True, prefetch=True
         )[2]
 
-    # ---- how many pages there may be ----
-
-    def _make_pages_available(self) -> None:
-        """make_mmu_pages_available(): zap the oldest until a handful are free.
-
-        Errors:
-            ENOSPC  all that are left are loaded roots
-        """
-        available = self.n_max_mmu_pages - len(self.pages)
-        if available >= KVM_MIN_FREE_MMU_PAGES:
-            return
-        self.stat.mmu_recycled += self.tables.zap_oldest(KVM_REFILL_PAGES - available)
-        if self.n_max_mmu_pages <= len(self.pages):
-            raise KvmError(ENOSPC, f"all {len(self.pages)} shadow pages are in use")
-
-    def set_limit(self, count: int) -> None:
-        """Zap what is above the limit now, oldest first (kvm_mmu_change_mmu_pages)."""
-        with self.lock:
-            self.n_requested_mmu_pages = count
-            self._change_mmu_pages(count)
-            zapped = self.pages.take_zapped()
-        self._finish(zapped, flush=False)
-
-    def _change_mmu_pages(self, goal: int) -> None:
-        if len(self.pages) > goal:
-            self.tables.zap_oldest(len(self.pages) - goal)
-            goal = max(goal, len(self.pages))
-        self.n_max_mmu_pages = goal
-
-    def _update_limit(self) -> None:
-        """kvm_arch_commit_memory_region(): by how much memory there is, unless somebody asked."""
-        if self.n_requested_mmu_pages:
-            return
-        npages = sum(slot.npages for slots in self._vm.memslots for slot in slots.ordered)
-        self._change_mmu_pages(max(npages // KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO, KVM_MIN_ALLOC_MMU_PAGES))
-
-    def shrink(self, count: int) -> int:
-        """Free up to `count` of the oldest pages (memory pressure); return how many."""
-        with self.lock:
-            done = self.tables.zap_oldest(count)
-            zapped = self.pages.take_zapped()
-        self._finish(zapped, flush=False)
-        return done
+    def _zap_oldest(self, count: int) -> int:
+        return self.tables.zap_oldest(count)
 
     # ---- the guest's invalidations and writes ----
 
@@ -527,8 +540,18 @@ class ShadowMmu(Mmu):
             return
         guest = GuestTables(self._vm, vcpu.as_id)
         with self.lock:
+            # A global translation is every PCID's, and this may be one.
             for root in state.roots():
                 self._invlpg(root, gla, guest)
+
+    def invpcid_gva(self, vcpu: Vcpu, gla: int, pcid: int) -> None:
+        """Do the same for the roots of a PCID (kvm_mmu_invpcid_gva)."""
+        vcpu.stat.invlpg += 1
+        guest = GuestTables(self._vm, vcpu.as_id)
+        with self.lock:
+            for root in self.state(vcpu).roots():
+                if root.pcid == pcid:
+                    self._invlpg(root, gla, guest)
 
     def _invlpg(self, root: Root, gla: int, guest: GuestTables) -> None:
         page, index = self._lookup(root, gla)
@@ -593,6 +616,8 @@ class ShadowMmu(Mmu):
                 self.tables.zap_all_fast()
             elif change is Change.FLAGS_ONLY and old is not None and new is not None:
                 self._apply_flags(old, new, as_id)
+            if new is not None and change is not Change.FLAGS_ONLY:
+                self.tables.add_slot(new)
             self._update_limit()
             zapped = self.pages.take_zapped()
         self.flush_remote_tlbs(reload=True)

@@ -25,38 +25,64 @@ if TYPE_CHECKING:
     from pykvm.mmu.stat import VmStat
 
 WRITE_FLOOD_LIMIT = 3
+RMAP_RECYCLE_THRESHOLD = 1000
 # In role.access and in recorded rights: to the guest it is a user page, though CPL 3 may not have it now.
 ACC_GUEST_USER = 8
 _RIGHTS = sptes.W | sptes.X | sptes.U
 _SMM = 1 << 52
-_LEVEL_SHIFT = 56
 
 
 class ShadowPages:
     """Pages, reverse map, unsync marks and counts.
 
-    `flush`: flushes every processor at once; `reload`: has every vCPU load its root anew.
+    `flush`: flushes every processor at once; `reload`: has every vCPU load its root anew; `tlbs_dirty`:
+    whether processors may know translations that the reverse map does not have any more.
     """
 
     def __init__(
-        self, vm: Vm, pages: PageTable, stat: VmStat, flush: Callable[[], None], reload: Callable[[], None]
+        self,
+        vm: Vm,
+        pages: PageTable,
+        stat: VmStat,
+        flush: Callable[[], None],
+        reload: Callable[[], None],
+        tlbs_dirty: Callable[[], bool],
     ) -> None:
         """Start without pages."""
         self._vm = vm
         self.pages = pages
         self.stat = stat
-        self.rmap = Rmap()
+        self.rmap = Rmap(vm)
+        self.shadow_root_allocated = False
         self._flush = flush
         self._reload = reload
-        self._start()
-
-    def _start(self) -> None:
-        # How many shadow pages of level > 1 stand for a frame: it stays write-protected then.
-        self._write_track: dict[int, int] = {}
-        # The same of any level.
+        self._tlbs_dirty = tlbs_dirty
+        # How many shadow pages of any level stand for a frame; the rest is in the slots.
         self._shadowed: dict[int, int] = {}
-        # How many shadowed frames lie in a 2 MiB or 1 GiB range: it is not mapped by a large page.
-        self._disallow_lpage: dict[int, int] = {}
+
+    def alloc_first_root(self) -> None:
+        """mmu_first_shadow_root_alloc(): from now on slots have a reverse map."""
+        if not self.shadow_root_allocated:
+            self.shadow_root_allocated = True
+            for slot in self._slots():
+                slot.arch.alloc_rmap()
+
+    def add_slot(self, slot: Memslot) -> None:
+        """Begin with a slot that was just published."""
+        if self.shadow_root_allocated:
+            slot.arch.alloc_rmap()
+        # A root may be where no memory was.
+        for page in self.pages:
+            if not page.role.direct and int(page.role.smm) == slot.as_id and slot.contains(page.gfn):
+                tracked = page.role.level > sptes.PG_LEVEL_4K
+                slot.arch.account_shadowed(page.gfn, 1, tracked=tracked)
+
+    def _slots(self) -> Iterator[Memslot]:
+        for slots in self._vm.memslots:
+            yield from slots.ordered
+
+    def _slot_of(self, gfn: int, *, smm: bool) -> Memslot | None:
+        return self._vm.memslots[int(smm)].gfn_to_memslot(gfn)
 
     # ---- finding and making pages ----
 
@@ -103,24 +129,19 @@ class ShadowPages:
         return page
 
     def _account_shadowed(self, page: MmuPage, delta: int) -> None:
-        space = _SMM * page.role.smm
-        if page.role.level > sptes.PG_LEVEL_4K:
-            _count(self._write_track, page.gfn | space, delta)
-        _count(self._shadowed, page.gfn | space, delta)
-        for level in LEVELS[1:]:
-            _count(self._disallow_lpage, _lpage(page.gfn, level) | space, delta)
+        _count(self._shadowed, page.gfn | _SMM * page.role.smm, delta)
+        slot = self._slot_of(page.gfn, smm=page.role.smm)
+        if slot is not None:
+            slot.arch.account_shadowed(page.gfn, delta, tracked=page.role.level > sptes.PG_LEVEL_4K)
 
     def is_write_tracked(self, gfn: int, *, smm: bool) -> bool:
         """Whether the frame is a guest's table of level 2 or more (kvm_gfn_is_write_tracked)."""
-        return gfn | _SMM * smm in self._write_track
+        slot = self._slot_of(gfn, smm=smm)
+        return slot is not None and gfn in slot.arch.write_track
 
     def is_shadowed(self, gfn: int, *, smm: bool) -> bool:
         """Whether the frame is a guest's table of any level, unsync or not."""
         return gfn | _SMM * smm in self._shadowed
-
-    def disallows_lpage(self, gfn: int, level: int, *, smm: bool) -> bool:
-        """Whether a shadowed frame lies in the large page around a frame."""
-        return _lpage(gfn, level) | _SMM * smm in self._disallow_lpage
 
     def link(self, page: MmuPage, index: int, child: MmuPage) -> None:
         """Have entry `index`, which is empty, point to the child (link_shadow_page)."""
@@ -191,13 +212,22 @@ class ShadowPages:
             return False, False
         lib.spte_xchg(page.spt + index, spte)
         page.set_translation(index, gfn, access)
-        if not old & sptes.R:
-            self.rmap.add(as_id, level, gfn, page.spt_addr + 8 * index)
-            self.stat.count_page(level, 1)
-            self.stat.max_mmu_rmap_size = self.rmap.max_size
         if trace.kvm_mmu_set_spte.enabled:
             trace.kvm_mmu_set_spte(gfn=gfn, spte=spte, level=level, sptep=page.spt_addr + 8 * index)
+        if not old & sptes.R:
+            flush = self._rmap_add(as_id, level, gfn, page.spt_addr + 8 * index) or flush
         return True, flush
+
+    def _rmap_add(self, as_id: int, level: int, gfn: int, sptep: int) -> bool:
+        self.stat.count_page(level, 1)
+        count = self.rmap.add(as_id, level, gfn, sptep)
+        self.stat.max_mmu_rmap_size = self.rmap.max_size
+        if count <= RMAP_RECYCLE_THRESHOLD:
+            return False
+        # Looking for one of them takes too long by now: all go, those in use come back.
+        for each in self.rmap.of(as_id, level, gfn):
+            self.drop_spte(*self.pages.sptep_to_sp(each))
+        return True
 
     def set_mmio_spte(self, page: MmuPage, index: int, gfn: int, access: int, gen_bits: int) -> None:
         """Remember that there is no memory behind an address (mark_mmio_spte)."""
@@ -225,7 +255,7 @@ class ShadowPages:
 
     def write_protect_gfn(self, gfn: int, *, smm: bool) -> bool:
         """Take W from every spte that maps the frame, so that writes to the table are seen. True: flush."""
-        flush = False
+        flush = self._tlbs_dirty()
         for level in LEVELS:
             for sptep in self.rmap.of(int(smm), level, gfn):
                 page, index = self.pages.sptep_to_sp(sptep)
@@ -326,9 +356,9 @@ class ShadowPages:
         obsolete = self.pages.take_all()
         if trace.kvm_mmu_zap_all_fast.enabled:
             trace.kvm_mmu_zap_all_fast(gen=self.pages.mmu_valid_gen, pages=len(obsolete))
-        peak, self.rmap = self.rmap.max_size, Rmap()
-        self.rmap.max_size = peak
-        self._start()
+        self._shadowed.clear()
+        for slot in self._slots():
+            slot.arch.reset()
         for page in obsolete:
             page.invalid = True
             page.parent_ptes = 0
@@ -479,6 +509,7 @@ class ShadowPages:
         """kvm_mmu_track_write(): a write that was emulated may have changed a shadowed table. True: flush."""
         self.stat.mmu_pte_write += 1
         flush, size = False, len(data)
+        guest = GuestTables(self._vm, int(smm))
         for page in self.pages.of_gfn(gpa >> 12):
             if page.role.direct or page.role.smm != smm:
                 continue
@@ -487,14 +518,10 @@ class ShadowPages:
                 self.stat.mmu_flooded += 1
                 continue
             for index in _written_sptes(page, gpa):
-                if page.role.level > sptes.PG_LEVEL_4K and any(data):
+                if page.role.level > sptes.PG_LEVEL_4K and _written_gpte(page, gpa, guest):
                     self.stat.mmu_pde_zapped += 1
                 flush = self.drop_spte(page, index) or flush
         return flush
-
-
-def _lpage(gfn: int, level: int) -> int:
-    return gfn >> sptes.PT64_LEVEL_BITS * (level - 1) | level << _LEVEL_SHIFT
 
 
 def _count(counts: dict[int, int], key: int, delta: int) -> None:
@@ -513,6 +540,12 @@ def _is_misaligned(page: MmuPage, gpa: int, size: int) -> bool:
     if offset % width == 0 and size == 1:
         return False
     return size < 4 or bool((offset ^ offset + size - 1) & ~(width - 1))
+
+
+def _written_gpte(page: MmuPage, gpa: int, guest: GuestTables) -> int:
+    """mmu_pte_write_fetch_gpte(): the whole entry as it is now, though half of it was written."""
+    width = 4 if page.role.has_4_byte_gpte else 8
+    return guest.read(gpa & ~(width - 1), width) or 0
 
 
 def _is_flooded(page: MmuPage) -> bool:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pykvm.abi import Gfn, Hva, uapi
+from pykvm.mmu.memslot_arch import MemslotArch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,12 +44,17 @@ class Memslot:
     userspace_addr: Hva
     flags: int
     dirty_bitmap: bytearray | None = None
+    # The slot that this one is with other flags.
+    same_as: dataclasses.InitVar[Memslot | None] = None
     # First frame behind the slot.
     end_gfn: int = dataclasses.field(init=False)
+    arch: MemslotArch = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, same_as: Memslot | None) -> None:
         """Compute what follows."""
         object.__setattr__(self, "end_gfn", self.base_gfn + self.npages)
+        arch = same_as.arch if same_as else MemslotArch(self.base_gfn, self.npages, self.userspace_addr)
+        object.__setattr__(self, "arch", arch)
 
     @property
     def readonly(self) -> bool:

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from pykvm.mmu.stat import VmStat
 
 
+def has_tables(page: MmuPage) -> bool:
+    """Whether an entry of the table points to another."""
+    level = page.role.level
+    return level > sptes.PG_LEVEL_4K and any(
+        sptes.is_shadow_present(spte) and not sptes.is_last(spte, level) for spte in page.entries()
+    )
+
+
 class Tdp:
     """The tables of one address space."""
 
@@ -30,6 +38,7 @@ class Tdp:
         self.stat = stat
         self.root = pages.alloc(Gfn(0), role, cache)
         self.root.root_count = 1
+        self.root.tdp_mmu_page = True
 
     def map(self, gfn: int, level: int, spte: int, cache: MemoryCache) -> bool:
         """Install a leaf for the frame at `level`; True when an old translation must be flushed.
@@ -75,6 +84,7 @@ class Tdp:
         level = page.role.level - 1
         base = gfn & ~(sptes.pages_per(level + 1) - 1)
         child = self.pages.alloc(Gfn(base), Role(level, smm=page.role.smm), cache)
+        child.tdp_mmu_page = True
         child.add_parent(page.spt_addr + 8 * index)
         old = lib.spte_xchg(page.spt + index, sptes.make_nonleaf_spte(child.spt_addr))
         self._count(old, 0, page.role.level)
@@ -165,6 +175,13 @@ class Tdp:
             elif sptes.is_shadow_present(spte):
                 self._drop(page, index)
         self.pages.remove(page)
+
+    def zap_page(self, page: MmuPage) -> None:
+        """Take a table out of the tree, with everything below it (kvm_mmu_prepare_zap_page)."""
+        for sptep in page.parents():
+            parent, index = self.pages.sptep_to_sp(sptep)
+            lib.spte_xchg(parent.spt + index, 0)
+        self._zap_subtree(page)
 
     def write_protect(self, gfns: Iterable[int]) -> bool:
         """Make the frames' next write fault again; large leaves are dropped. True: flush."""

@@ -27,8 +27,9 @@ struct embed_api {
     int (*open)(int flags);
     /* mask: the signals that the calling thread blocks, the first 64 */
     int64_t (*ioctl)(int fd, uint32_t request, uint64_t arg, uint64_t mask);
-    /* The program's mapping of [start, end) is about to change. */
-    void (*invalidate)(uint64_t start, uint64_t end);
+    /* The program's mapping of [start, end) is about to change, and has been changed. */
+    void (*invalidate_start)(uint64_t start, uint64_t end);
+    void (*invalidate_end)(uint64_t start, uint64_t end);
     /* sigaction() for SIGSEGV and SIGBUS, see cpu_guard_action() */
     int (*guard_action)(int sig, const void *action, void *old_action);
 };

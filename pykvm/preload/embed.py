@@ -19,12 +19,16 @@ from pykvm.abi import ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.uaccess import address_of
 from pykvm.fd import dispatch, table
-from pykvm.kvm.memslots import hva_ranges, invalidate_range
+from pykvm.kvm.memslots import hva_ranges, invalidate_range_end, invalidate_range_start
 from pykvm.kvm.system import System
 from pykvm.kvm.vm import live_vms
+from pykvm.mmu import recorder, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from pykvm.kvm.vm import Vm
+    from pykvm.mmu.snapshot import Snapshot
 
 # What _build.py gives to cffi: the C functions that are Python, and what runs before the first.
 EMBEDDING_API = """
@@ -35,7 +39,8 @@ struct embed_settings {
 };
 int pykvm_embed_open(int flags);
 int64_t pykvm_embed_ioctl(int fd, uint32_t request, uint64_t arg, uint64_t mask);
-void pykvm_embed_invalidate(uint64_t start, uint64_t end);
+void pykvm_embed_invalidate_start(uint64_t start, uint64_t end);
+void pykvm_embed_invalidate_end(uint64_t start, uint64_t end);
 int pykvm_embed_start(const struct embed_settings *settings, int own_interpreter);
 uintptr_t pykvm_embed_guard_action(void);
 """
@@ -60,8 +65,14 @@ def install(embedding: Any) -> None:
     embedding.def_extern(name="pykvm_embed_start", error=0, onerror=_log)(shim.start)
     embedding.def_extern(name="pykvm_embed_open", error=-EIO, onerror=_log)(shim.open)
     embedding.def_extern(name="pykvm_embed_ioctl", error=-EIO, onerror=_log)(shim.ioctl)
-    embedding.def_extern(name="pykvm_embed_invalidate", onerror=_log)(shim.invalidate)
+    embedding.def_extern(name="pykvm_embed_invalidate_start", onerror=_log)(shim.invalidate_start)
+    embedding.def_extern(name="pykvm_embed_invalidate_end", onerror=_log)(shim.invalidate_end)
     embedding.def_extern(name="pykvm_embed_guard_action", onerror=_log)(shim.guard_action)
+
+
+def _snapshot() -> Snapshot | None:
+    """Return what the MMU of the process's first VM with a vCPU looks like."""
+    return next((snapshot.take(vm) for vm in live_vms() if vm.vcpus), None)
 
 
 def _log(kind: type[BaseException], error: BaseException, where: Any) -> None:
@@ -78,6 +89,9 @@ class _Shim:
         self._extensions: frozenset[str] = frozenset()
         self._kernel: str | None = None
         self._cpu: str | None = None
+        self._recorder: recorder.Recorder | None = None
+        # What begun in which thread is not over yet: the VMs that know.
+        self._invalidating: dict[tuple[int, int, int], list[tuple[Vm, ...]]] = {}
         self._renew_lock()
         os.register_at_fork(after_in_child=self._renew_lock)
         self._slot_requests = {uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_SET_USER_MEMORY_REGION2}
@@ -101,9 +115,12 @@ class _Shim:
         """Open the device; a descriptor or a negated errno."""
         try:
             system = System(self._extensions, kernel=self._kernel, cpu=self._cpu)
-            return system.open(cloexec=bool(flags & os.O_CLOEXEC))
+            fd = system.open(cloexec=bool(flags & os.O_CLOEXEC))
         except KvmError as error:
             return -(error.errno or EIO)
+        if self._recorder is None:
+            self._recorder = recorder.from_environment(_snapshot, os.environ)
+        return fd
 
     def ioctl(self, fd: int, request: int, arg: int, mask: int) -> int:
         """Do an ioctl; its result or a negated errno."""
@@ -132,13 +149,24 @@ class _Shim:
         """Return the address of cpu_guard_action()."""
         return address_of(ffi.addressof(lib, "cpu_guard_action"))
 
-    def invalidate(self, start: int, end: int) -> None:
+    def invalidate_start(self, start: int, end: int) -> None:
         """Drop the translations to [start, end): the program is about to map something else there."""
         table.reap()
-        for vm in live_vms():
+        # Those that are told of the end: another thread may make a VM meanwhile.
+        vms = live_vms()
+        self._invalidating.setdefault((threading.get_ident(), start, end), []).append(vms)
+        for vm in vms:
             with contextlib.suppress(KvmError):
-                invalidate_range(vm, start, end)
+                invalidate_range_start(vm, start, end)
         self._refresh()
+
+    def invalidate_end(self, start: int, end: int) -> None:
+        """The program has done so: what is there now may be mapped for guests."""
+        begun = self._invalidating[threading.get_ident(), start, end]
+        for vm in begun.pop():
+            invalidate_range_end(vm, start, end)
+        if not begun:
+            del self._invalidating[threading.get_ident(), start, end]
 
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()

@@ -178,18 +178,38 @@ static bool behind_a_slot(uint64_t start, uint64_t end)
     return found;
 }
 
-/* The program is about to change the mapping of [address, address + size): the MMU notifier. */
-static void memory_changes(const void *address, size_t size)
+/* A change of the program's memory that a VM has to know of: the MMU notifier. */
+struct change {
+    uint64_t start, end; /* end 0: none has to */
+};
+
+/* The program is about to change the mapping of [address, address + size). */
+static struct change memory_changes(const void *address, size_t size)
 {
-    uint64_t start = (uintptr_t)address & ~4095ull,
-             end = ((uintptr_t)address + size + 4095) & ~4095ull;
+    struct change change = {(uintptr_t)address & ~4095ull,
+                            ((uintptr_t)address + size + 4095) & ~4095ull};
     struct guard guard;
     int error = errno;
 
-    if (inside || end <= start || !behind_a_slot(start, end))
+    if (inside || change.end <= change.start || !behind_a_slot(change.start, change.end))
+        return (struct change){0, 0};
+    enter(&guard);
+    api.invalidate_start(change.start, change.end);
+    leave(&guard);
+    errno = error;
+    return change;
+}
+
+/* It has done so, or failed to. */
+static void memory_changed(struct change change)
+{
+    struct guard guard;
+    int error = errno;
+
+    if (!change.end)
         return;
     enter(&guard);
-    api.invalidate(start, end);
+    api.invalidate_end(change.start, change.end);
     leave(&guard);
     errno = error;
 }
@@ -610,14 +630,17 @@ static int mmap_error(int prot, int flags, int fd, off64_t offset, size_t size)
     EXPORT void *name(void *address, size_t size, int prot, int flags, int fd, offset_type offset) \
     {                                                                                              \
         int error = mmap_error(prot, flags, fd, offset, size);                                     \
+        struct change change = {0, 0};                                                             \
                                                                                                    \
         if (error) {                                                                               \
             errno = error;                                                                         \
             return MAP_FAILED;                                                                     \
         }                                                                                          \
         if (flags & MAP_FIXED)                                                                     \
-            memory_changes(address, size);                                                         \
-        return REAL(name)(address, size, prot, flags, fd, offset);                                 \
+            change = memory_changes(address, size);                                                \
+        address = REAL(name)(address, size, prot, flags, fd, offset);                              \
+        memory_changed(change);                                                                    \
+        return address;                                                                            \
     }
 
 MMAP(mmap, off_t)
@@ -625,18 +648,25 @@ MMAP(mmap64, off64_t)
 
 EXPORT int munmap(void *address, size_t size)
 {
-    memory_changes(address, size);
-    return REAL(munmap)(address, size);
+    struct change change = memory_changes(address, size);
+    int result = REAL(munmap)(address, size);
+
+    memory_changed(change);
+    return result;
 }
 
 EXPORT int mprotect(void *address, size_t size, int prot)
 {
-    memory_changes(address, size);
-    return REAL(mprotect)(address, size, prot);
+    struct change change = memory_changes(address, size);
+    int result = REAL(mprotect)(address, size, prot);
+
+    memory_changed(change);
+    return result;
 }
 
 EXPORT void *mremap(void *address, size_t old_size, size_t new_size, int flags, ...)
 {
+    struct change to = {0, 0}, from;
     void *wanted = NULL;
 
     if (flags & MREMAP_FIXED) {
@@ -645,17 +675,25 @@ EXPORT void *mremap(void *address, size_t old_size, size_t new_size, int flags, 
         va_start(ap, flags);
         wanted = va_arg(ap, void *);
         va_end(ap);
-        memory_changes(wanted, new_size);
+        to = memory_changes(wanted, new_size);
     }
-    memory_changes(address, old_size);
-    return REAL(mremap)(address, old_size, new_size, flags, wanted);
+    from = memory_changes(address, old_size);
+    wanted = REAL(mremap)(address, old_size, new_size, flags, wanted);
+    memory_changed(from);
+    memory_changed(to);
+    return wanted;
 }
 
 EXPORT int madvise(void *address, size_t size, int advice)
 {
+    struct change change = {0, 0};
+    int result;
+
     if (advice == MADV_DONTNEED || advice == MADV_FREE || advice == MADV_REMOVE)
-        memory_changes(address, size);
-    return REAL(madvise)(address, size, advice);
+        change = memory_changes(address, size);
+    result = REAL(madvise)(address, size, advice);
+    memory_changed(change);
+    return result;
 }
 
 /* ---- SIGSEGV and SIGBUS --------------------------------------------------------------------------

@@ -19,7 +19,8 @@
 /* What cffi makes of EMBEDDING_API in embed.py. */
 int pykvm_embed_open(int flags);
 int64_t pykvm_embed_ioctl(int fd, uint32_t request, uint64_t arg, uint64_t mask);
-void pykvm_embed_invalidate(uint64_t start, uint64_t end);
+void pykvm_embed_invalidate_start(uint64_t start, uint64_t end);
+void pykvm_embed_invalidate_end(uint64_t start, uint64_t end);
 uintptr_t pykvm_embed_guard_action(void);
 int pykvm_embed_start(const struct embed_settings *settings, int own_interpreter);
 
@@ -125,6 +126,52 @@ static int join_interpreter(const char *path)
     return 0;
 }
 
+/* ---- memory of a Python program ----
+ *
+ * Its interpreter gives memory back from the middle of anything: its allocator, a thread that ends.
+ * Python cannot be called from there; it is told before the next ioctl.  Until then the guest finds
+ * at these addresses what the program finds there: translations lead to host addresses.
+ */
+
+static pthread_mutex_t changes_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct embed_range changed; /* all that changed, and what is between; end 0: nothing */
+
+static void tell_changes(void)
+{
+    struct embed_range now;
+
+    pthread_mutex_lock(&changes_lock);
+    now = changed;
+    changed = (struct embed_range){0, 0};
+    pthread_mutex_unlock(&changes_lock);
+    if (now.end) {
+        pykvm_embed_invalidate_start(now.start, now.end);
+        pykvm_embed_invalidate_end(now.start, now.end);
+    }
+}
+
+static void note_start(uint64_t start, uint64_t end)
+{
+    (void)start;
+    (void)end;
+}
+
+static void note_end(uint64_t start, uint64_t end)
+{
+    pthread_mutex_lock(&changes_lock);
+    if (!changed.end || start < changed.start)
+        changed.start = start;
+    if (end > changed.end)
+        changed.end = end;
+    pthread_mutex_unlock(&changes_lock);
+}
+
+static int64_t ioctl_after_changes(int fd, uint32_t request, uint64_t arg, uint64_t mask)
+{
+    tell_changes();
+    return pykvm_embed_ioctl(fd, request, arg, mask);
+}
+
 EXPORT int embed_start(const struct embed_settings *settings, struct embed_api *api)
 {
     int own = !Py_IsInitialized(), error;
@@ -140,8 +187,9 @@ EXPORT int embed_start(const struct embed_settings *settings, struct embed_api *
     if (!pykvm_embed_start(settings, own))
         return fail("pykvm", "see above");
     api->open = pykvm_embed_open;
-    api->ioctl = pykvm_embed_ioctl;
-    api->invalidate = pykvm_embed_invalidate;
+    api->ioctl = own ? pykvm_embed_ioctl : ioctl_after_changes;
+    api->invalidate_start = own ? pykvm_embed_invalidate_start : note_start;
+    api->invalidate_end = own ? pykvm_embed_invalidate_end : note_end;
     api->guard_action = (int (*)(int, const void *, void *))pykvm_embed_guard_action();
     return 0;
 }

@@ -336,7 +336,7 @@ def test_every_feature_is_in_the_processor() -> None:
 WITHOUT_INSTRUCTIONS = {
     *("PCID", "HYPERVISOR", "DE", "PSE", "PAE", "MCE", "APIC", "MTRR", "PGE", "MCA", "PAT", "PSE36", "ARAT"),
     *("TSC_ADJUST", "SMEP", "ERMS", "UMIP", "LA57", "FSRM", "ARCH_CAPABILITIES", "NX", "GBPAGES", "LM"),
-    "CONSTANT_TSC",
+    *("CONSTANT_TSC", "VME"),
 }
 # Instructions that are there without their bit: x87, hints; the rows say the bit of the narrow or older
 # form, and the handler asks for that of the wide one, or of XGETBV with ECX 1.

@@ -636,7 +636,7 @@ def test_a_signal_ends_a_spinning_guest(machine: Machine) -> None:
 def test_a_signal_ends_kvm_run_even_when_nothing_gets_on(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    if machine.backend.real:
+    if machine.backend.is_file:
         pytest.skip("looks inside")
     mmu = vcpu_of(machine.vcpu).vm.mmu
     if way == "completion":
@@ -872,8 +872,9 @@ def test_hypercalls_are_the_kernels_only(machine: Machine) -> None:
 def test_a_hypercall_for_the_client(machine: Machine) -> None:
     emulated(machine, "may have no VMCALL")
     assert machine.cap(uapi.KVM_CAP_EXIT_HYPERCALL) == 1 << 12
-    with pytest.raises(OSError, match="EINVAL"):
+    with pytest.raises(OSError) as refused:
         machine.enable(machine.vm, uapi.KVM_CAP_EXIT_HYPERCALL, 1 << 5)
+    assert refused.value.errno == EINVAL
     machine.enable(machine.vm, uapi.KVM_CAP_EXIT_HYPERCALL, 1 << 12)
     machine.start(VMCALL + HLT, rax=12, rbx=0x2000, rcx=1, rdx=0x10)
     assert machine.go() == uapi.KVM_EXIT_HYPERCALL

@@ -115,6 +115,8 @@ _SETTINGS = settings(
 @_SETTINGS
 @given(changes=_changes)
 def test_a_bad_structure(row: Ioctl, subject: Subject, changes: list[tuple[int, int, int]]) -> None:
+    if subject.machine.backend.is_file:
+        pytest.skip("arguments of wrong sizes: only pykvm.ioctl() stops at their end")
     argument = subject.argument(row, changes)
     before = subject.state()
     try:

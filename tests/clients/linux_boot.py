@@ -69,6 +69,9 @@ MACHINES = {
         ("-M", "pc", "-cpu", "qemu64,kvm=off", *_flash(OVMF_CODE, "readonly"), *_flash(OVMF_VARS, "snapshot"))
     ),
     "shadow": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off"), extensions=("no-tdp",)),
+    "smp2": Machine(("-M", "pc", "-smp", "2"), told=True),
+    "smp4": Machine(("-M", "q35", "-smp", "4", "-cpu", "max"), told=True, own_cpu=True),
+    "smp2-shadow": Machine(("-M", "pc", "-smp", "2"), extensions=("no-tdp",), told=True),
 }
 DEFAULT_MACHINES = ("kvm", "plain")
 # What a kernel says that finds KVM's own leaves in CPUID: it is told, and should be.
@@ -81,7 +84,7 @@ _TIMING = re.compile(
 )
 # The processor and what it can do.
 _PROCESSOR = re.compile(r"smpboot: CPU0|x86/fpu|Spectre|_OSC: OS supports|PCI: Using configuration type 1")
-_TROUBLE = re.compile(r"BUG|WARNING|Oops|Call Trace|panic|unchecked MSR|RIP:|stuck|stall|lockup|unsupported")
+_TROUBLE = re.compile(r"BUG:|WARNING: CPU|Oops|Call Trace|Kernel panic|unchecked MSR|RIP:|stuck|stall|lockup")
 
 
 class Boot(NamedTuple):

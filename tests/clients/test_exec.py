@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -76,10 +77,13 @@ def compile_c(tmp_path: Path) -> Compile:
 
 
 def execute(
-    *command: str | os.PathLike[str], env: dict[str, str] | None = None, options: tuple[str, ...] = ()
+    *command: str | os.PathLike[str],
+    env: dict[str, str] | None = None,
+    options: tuple[str, ...] = (),
+    timeout: int = 60,
 ) -> subprocess.CompletedProcess[str]:
     line = [*EXEC, *options, "--", *command]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=env)
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, check=False, env=env)
 
 
 def passes(*command: str | os.PathLike[str], options: tuple[str, ...] = ()) -> str:
@@ -872,6 +876,15 @@ def test_what_a_python_programs_signal_handler_raises_arrives(tmp_path: Path) ->
     script = tmp_path / "client.py"
     script.write_text(PYTHON_HANDLERS)
     assert passes(sys.executable, script) == "raised\n" * 6
+
+
+def test_the_abi_tests_as_a_program() -> None:
+    """One source, three devices: in this process, a program's under `pykvm exec`, and --real."""
+    options = ("-q", "-p", "no:cacheprovider", "--exec", "--ignore", "tests/abi/test_unchanged.py")
+    done = execute(sys.executable, "-m", "pytest", *options, "tests/abi", timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:]
+    counted = re.search(r"(\d+) passed", done.stdout)
+    assert int(counted[1] if counted else 0) > 400, done.stdout[-500:]
 
 
 def test_a_python_of_another_version_is_not_started(compile_c: Compile) -> None:

@@ -7,6 +7,7 @@
 #include "fuzz.h"
 
 #define BP 3
+#define OF 4
 #define PF 14
 #define STEPS 100000 /* iterations of a REP instruction */
 
@@ -106,7 +107,9 @@ static void run_case(const struct fuzz_core *core, const struct fuzz_case *c, st
         r->vector = (int32_t)(v->exit.intr_info & CPU_EVENT_VECTOR);
         r->error = v->exit.error_code;
         r->cr2 = r->vector == PF ? v->exit.qualification : 0;
-        if (r->vector == BP)
+        if ((r->vector == BP || r->vector == OF) && g->rip == c->in.rip)
+            r->out.rip += c->len; /* the instruction itself: a trap for the program */
+        else if (r->vector == BP)
             r->vector = -1;
     }
     memset(at, 0xcc, c->len);

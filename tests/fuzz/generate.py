@@ -33,7 +33,7 @@ SELECTOR = re.compile(r"/\d|rm\d|mem|reg|np|66|f3|f2|[WB]\d|64|16/32|vex|legacy"
 FORMS_WITHOUT_MODRM = {"", "A,I", "Z", "Z,I", "A,Z", "I", "Ib", "Iw", "Iw,Ib", "Jb", "J", "A,O", "O,A"}
 FORMS_WITHOUT_MODRM |= {"DX", "far", "string", "S"}
 FORMS_WITH_MODRM = {"E,G", "G,E", "E,I", "E,Ib", "G,E,I", "G,E,Ib", "E", "E,1", "E,CL", "E,G,Ib", "E,G,CL"}
-FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "G,V,E", "G,E,V", "V,E"}
+FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "control", "G,V,E", "G,E,V", "V,E"}
 # V, H: vector registers of reg and vvvv; W: r/m; X: r/m that is a general register; G: reg that is one
 FORMS_OF_VECTORS = {"V,W", "V,W,Ib", "V,H,W", "V,H,W,Ib", "W,V", "W,H,V", "W,V,Ib", "H,W,Ib"}
 FORMS_OF_VECTORS |= {"V,X", "V,H,X", "V,H,X,Ib", "X,V", "X,V,Ib", "G,W", "G,W,Ib"}
@@ -41,20 +41,46 @@ FORMS_WITH_MODRM |= FORMS_OF_VECTORS | fpu.FORMS
 ENCODINGS = {"sse", "vex128", "vex256"}
 ROW_FLAGS = {"8-bit", "lock", "cpl0"} | ENCODINGS
 
-# The integer instructions among rows of forms that others have, too.
-INTEGER_NAMES = {
-    "M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr", *fpu.STATE},
+# The instructions among rows of these forms that are generated.
+NAMES_OF_FORM = {
+    "M": {"cmpxchg8b", "cmpxchg16b", "ldmxcsr", "stmxcsr", "clflush", "clflushopt", "clwb", "lgdt", "lidt",
+          "invlpg", *fpu.STATE},
     "V,E": {"blsr", "blsmsk", "blsi"},
-    "ModRM": {"nop"},
+    "ModRM": {"nop", "prefetch", "lfence", "mfence", "sfence", "ud0", "ud1"},
+}  # fmt: skip
+# What is not compared, and why.
+SKIPPED = {
+    **dict.fromkeys(
+        ["cpuid", "rdtsc", "rdtscp", "rdpmc", "rdrand", "rdseed", "rdpid", "xgetbv", "rdpkru", "wrpkru"],
+        "reads what is the host's own, or different at every execution",
+    ),
+    **dict.fromkeys(["syscall", "sysenter"], "enters Linux"),
+    **dict.fromkeys(["vmcall", "vmmcall", "rsm"], "leaves to the KVM module, which decides"),
+    **dict.fromkeys(["monitor", "mwait", "serialize"], "depends on an MSR or a CPUID bit of the host"),
+    **dict.fromkeys(
+        ["sgdt", "sidt", "sldt", "str", "smsw"], "UMIP: Linux emulates them, with values of its own"
+    ),
+    **dict.fromkeys(
+        [
+            "lar",
+            "lsl",
+            "verr",
+            "verw",
+            "arpl",
+            "push_s",
+            "pop_s",
+            "les",
+            "lds",
+            "lss",
+            "lfs",
+            "lgs",
+            "retf",
+            "iret",
+        ],
+        "loads or looks at segments, which are Linux's on the host: tests/guest/test_segments.py",
+    ),
+    **dict.fromkeys(["rdfsbase", "wrfsbase", "rdgsbase", "wrgsbase"], "FS is the C library's on the host"),
 }
-# Not for a user program, or different at every execution, or about state that is not compared here.
-NOT_COMPARED = """
-    syscall sysret sysenter sysexit int int3 int1 into iret cpuid rdtsc rdtscp rdpmc rdrand rdseed rdpid
-    xgetbv rdpkru wrpkru rdfsbase rdgsbase wrfsbase wrgsbase sgdt sidt sldt str smsw lar lsl verr verw arpl
-    push_s pop_s les lds lss lfs lgs retf vmcall vmmcall monitor mwait rsm serialize cli sti prefetch
-    ud0 ud1 ud2 clflush clflushopt clwb pause lfence mfence sfence
-"""
-SKIPPED = frozenset(NOT_COMPARED.split())
 BRANCHES = {"jmp", "call", "ret", "jcxz", "loop", "loope", "loopne"}
 CONDITIONAL = re.compile(r"j(n?[opsble]|ae|[ag]e?|[bl]e|n[ps])$")
 HOST_FEATURES = {
@@ -142,9 +168,7 @@ def table() -> list[Row]:
 
 def is_generated(row: Row, host_features: frozenset[str], bits: int) -> bool:
     """Is this row one for the fuzzer, on this host?"""
-    if row.name in SKIPPED or "cpl0" in row.flags:
-        return False
-    if row.name not in INTEGER_NAMES.get(row.form, {row.name}):
+    if row.name in SKIPPED or row.name not in NAMES_OF_FORM.get(row.form, {row.name}):
         return False
     if row.selectors & ({"16/32"} if bits == 64 else {"64", "B1"} if row.encodings else {"64", "W1", "B1"}):
         return False
@@ -373,7 +397,7 @@ class Generator:
         for bit, value in row.rex_bit.items() if self.bits == 64 or e.vex else ():
             mask = 8 if bit == "W" else 1
             e.rex = e.rex & ~mask | mask * value
-        e.vvvv = self.random.getrandbits(4 if self.bits == 64 else 3)
+        e.vvvv = self.random.getrandbits(4)  # 32-bit code: the upper bit is ignored, unless none is used
         if row.encodings and "H" not in row.form and not self.chance(30):
             e.vvvv = 0
         if self.chance(30):
@@ -388,6 +412,9 @@ class Generator:
 
     def choose_modrm(self, row: Row, e: Encoding) -> None:
         if not row.modrm:
+            return
+        if row.form == "control":
+            e.modrm = self.random.getrandbits(8)  # mod is ignored
             return
         reg = self.random.getrandbits(3) if row.group is None else row.group
         e.memory = self.chance(2) and row.rm is None
@@ -602,6 +629,8 @@ class Generator:
             return True  # AMD truncates rip to 16 bits; we ignore the prefix as Intel does (SDM vol. 2, JMP)
         if row.name == "maskmovdqu" and t.fixed[RDI] >> 46:
             return True  # across the end of canonical addresses: implementation-specific (SDM vol. 2)
+        if row.name == "prefetch" and row.opcode == 0x0D and not e.memory:
+            return True  # of a register: #UD (APM vol. 3, PREFETCH); Intel and iced-x86: NOP
         if row.name in {"loope", "loopne"} and {0xF2, 0xF3} & set(e.legacy):
             return True  # REPE and REPNE decide about ZF in place of the opcode (measured on Zen 5)
         if row.name in {"pextrd", "pinsrd"} and e.vex and e.rex & 8 and self.bits < 64:

@@ -1,6 +1,7 @@
 """Executes random instructions on the host processor and in the core, and compares.
 
-    python -m tests.fuzz.insns --count 1000000 --seed 1
+    python -m tests.fuzz.insns --long                             # ten million cases, of all three kinds of code
+    python -m tests.fuzz.insns --count 1000000 --seed 7 --bits 32
     python -m tests.fuzz.insns --seed 1 --batch 17 --case 423     # one case again, with its state
 
 Every case runs at CPL 3 of long mode, in 64-, 32- or 16-bit code.  On the host: natively, in a forked
@@ -39,6 +40,7 @@ INCLUDE = HERE.parent.parent / "include"
 SOURCES = ("native.c", "core.c", "cases.c")
 TEMPLATES, VARIANTS = 500, 8
 BATCH = TEMPLATES * VARIANTS
+LONG = 10_000_000
 BRANCH_STEP = 8  # FUZZ_STEP
 
 DATA_TABLE, CODE_TABLE, DATA_RAM, CODE_RAM = 0x100000, 0x101000, 0x110000, 0x120000
@@ -91,6 +93,7 @@ class Core:
         m.guest.cr4 |= lib.X86_CR4_OSFXSR | lib.X86_CR4_OSXMMEXCPT | lib.X86_CR4_OSXSAVE
         m.guest.xcr0 = 7
         m.ctl.exception_bitmap = 2**32 - 1
+        m.ctl.flags |= lib.CPU_AMD if host()[0] == "AuthenticAMD" else 0
         lib.cpu_state_changed(m.cpu)
         lib.cpu_flush_tlb(m.cpu)
         self.struct = fuzz_ffi.new("struct fuzz_core *")
@@ -241,10 +244,29 @@ class Fuzzer:
         return f"{regs} rip={c.rip:#x} rflags={c.rflags:#x} flags={self.cases[at].flags}"
 
 
+def campaign(fuzzer: Fuzzer, seed: int, batches: range, show: int, case: int | None = None) -> int:
+    """Run these batches and print what differs, and how often; the number of differences."""
+    seen: Counter[str] = Counter()
+    start = time.monotonic()
+    for number in batches:
+        for difference in fuzzer.batch(seed, number):
+            seen[difference.template.row.text] += 1
+            if case is not None and difference.case == case:
+                print(fuzzer.state(case))
+            if seen.total() <= show and seen[difference.template.row.text] <= 3:
+                print(difference, flush=True)
+    print(f"{fuzzer.bits}-bit code, seed {seed}: {len(batches) * BATCH} cases of {len(fuzzer.covered)} mnemonics "
+          f"in {time.monotonic() - start:.0f} s, {seen.total()} differences", flush=True)  # fmt: skip
+    for text, count in seen.most_common(50):
+        print(f"  {count:6} {text}")
+    return seen.total()
+
+
 def main() -> int:
     """Command line; the status is 1 when something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=100_000, help="cases to run")
+    parser.add_argument("--long", action="store_true", help=f"{LONG} cases, a third of each kind of code")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bits", type=int, choices=(64, 32, 16), default=64, help="kind of code")
     parser.add_argument("--batch", type=int, help="run only this batch of the seed")
@@ -253,25 +275,15 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=40, help="differences to print")
     parser.add_argument("--coverage", action="store_true", help="print cases by mnemonic")
     args = parser.parse_args()
-    fuzzer = Fuzzer(args.bits, frozenset(filter(None, args.only.split(","))))
-    batches = range(-(-args.count // BATCH)) if args.batch is None else range(args.batch, args.batch + 1)
-    seen: Counter[str] = Counter()
-    start = time.monotonic()
-    for number in batches:
-        for difference in fuzzer.batch(args.seed, number):
-            seen[difference.template.row.text] += 1
-            if args.case is not None and difference.case == args.case:
-                print(fuzzer.state(args.case))
-            if sum(seen.values()) <= args.show and seen[difference.template.row.text] <= 3:
-                print(difference, flush=True)
-    cases = len(batches) * BATCH
-    print(f"{cases} cases of {len(fuzzer.covered)} mnemonics in {time.monotonic() - start:.1f} s, "
-          f"{sum(seen.values())} differences")  # fmt: skip
-    for text, count in seen.most_common(50):
-        print(f"  {count:6} {text}")
-    if args.coverage:
-        print(" ".join(f"{name}:{count}" for name, count in sorted(fuzzer.covered.items())))
-    return 1 if seen else 0
+    kinds, count = ([64, 32, 16], -(-LONG // 3)) if args.long else ([args.bits], args.count)
+    batches = range(-(-count // BATCH)) if args.batch is None else range(args.batch, args.batch + 1)
+    differences = 0
+    for bits in kinds:
+        fuzzer = Fuzzer(bits, frozenset(filter(None, args.only.split(","))))
+        differences += campaign(fuzzer, args.seed, batches, args.show, args.case)
+        if args.coverage:
+            print(" ".join(f"{name}:{count}" for name, count in sorted(fuzzer.covered.items())))
+    return 1 if differences else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.fuzz.generate import CODE, CODE_FLAGS, REPEATED, Template, parse_row, table
+from tests.fuzz.generate import CODE, CODE_FLAGS, REPEATED, VECTOR, Template, parse_row, table
 from tests.fuzz.insns import BATCH, VARIANTS, Fuzzer
 
 pytestmark = pytest.mark.skipif(
@@ -75,6 +75,19 @@ def differing(fuzzer: Fuzzer) -> int:
     return int(fuzzer.lib.fuzz_differs(fuzzer.cases, fuzzer.native, fuzzer.emulated, 0, BATCH))
 
 
+@pytest.mark.parametrize(("bits", "rax"), [(64, 0x9090_5678), (32, 0x9090_5679), (16, 0x1234_5679)])
+def test_host_executes_code_of_that_size(bits: int, rax: int) -> None:
+    """REX or INC, and an immediate of 32 bits or one of 16 with two NOPs."""
+    fuzzer = Fuzzer(bits)
+    fixed = {0: 0x1234_0000, 4: 0x800 if bits == 16 else 0x1000_0800}
+    code = bytes.fromhex("b8785690904090")
+    template = Template(
+        parse_row("40 inc"), code, CODE_FLAGS[bits], fixed, 0x80 if bits == 16 else CODE + 0x80
+    )
+    fuzzer.run([template], SEED)
+    assert (fuzzer.native[0].vector, fuzzer.native[0].out.gpr[0]) == (-1, rax)
+
+
 # Bytes, registers, what was wrong.
 FOUND = [
     (64, "c442a0f5dc", {}, "bzhi: CF by the count after the destination had overwritten it"),
@@ -87,7 +100,12 @@ FOUND = [
     (16, "37", {0: 0x9AAF}, "aaa: SF by ax"),
     (32, "d53d", {0: 0xFF}, "aad: CF, AF and OF by its addition"),
     (32, "2f", {0: 0x9A}, "das: OF"),
-]
+    (32, "c4e2b9dbc3", {}, "vaesimc: #UD with vvvv 0111"),
+    (64, "0f20c8", {}, "mov: #UD of a control register that is not there before #GP of the privilege"),
+    (64, "67c482652d9406afe0ffff", {8: 0x9471_14B8, 14: 0x6B8F_0A96},
+     "vmaskmovpd: elements behind 4 GiB are not at 0"),
+    (64, "0f35", {}, "sysexit: #GP of the privilege before #UD (AMD, in long mode)"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("bits", "code", "registers", "what"), FOUND, ids=[f[3] for f in FOUND])
@@ -95,7 +113,9 @@ def test_found_once(bits: int, code: str, registers: dict[int, int], what: str) 
     fuzzer = Fuzzer(bits)
     row = parse_row(f"00 {what.split(':', maxsplit=1)[0].split(maxsplit=1)[0]}")
     fixed = {4: 0x800 if bits == 16 else 0x1000_0800, **registers}
-    flags = CODE_FLAGS[bits] | (REPEATED if code[:2] in {"f2", "f3"} else 0)
+    flags = (
+        CODE_FLAGS[bits] | (REPEATED if code[:2] in {"f2", "f3"} else 0) | (VECTOR if what[0] == "v" else 0)
+    )
     template = Template(row, bytes.fromhex(code), flags, fixed, 0x80 if bits == 16 else CODE + 0x80)
     assert not fuzzer.run([template], SEED)
 

@@ -117,7 +117,6 @@ class Machine:
         ctl.cr4_valid = 0x7FFFFF & ~(lib.X86_CR4_VMXE | lib.X86_CR4_SMXE)
         ctl.efer_valid = 0xD01
         ctl.xcr0_valid = 7
-        ctl.emulate_gfn = 2**64 - 1
         ctl.mmio_gen_mask = 2**64 - 1
         for k in range(lib.CPU_NR_CPUID):
             ctl.cpuid[k] = ALL_ONES

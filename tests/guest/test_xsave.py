@@ -286,6 +286,28 @@ def test_xgetbv_1(m: Machine) -> None:
     assert m.guest.fpu.xinuse & 7 == X87 | SSE
 
 
+@pytest.mark.spec("fpu.xsave")
+def test_components_for_the_module(m: Machine) -> None:
+    """What guest.fpu.xinuse says: MXCSR counts as SSE, and all registers whatever the mode."""
+    start(m, "xgetbv; hlt")
+    m.set(xcr0=X87 | SSE | AVX, rcx=1)
+    m.guest.fpu.mxcsr = 0x1F00
+    m.run(lib.EXIT_HLT)
+    assert (m.reg("rax"), m.guest.fpu.xinuse) == (0, SSE)
+
+
+@pytest.mark.spec("fpu.xsave")
+@pytest.mark.parametrize("register", [7, 8])
+def test_components_in_compatibility_mode(m: Machine, register: int) -> None:
+    """XMM8 to XMM15 are not seen by XGETBV there, but still for the module."""
+    start(m, "xgetbv; hlt")
+    m.seg("cs").ar = 0xC09B
+    m.set(xcr0=X87 | SSE | AVX, rcx=1)
+    m.guest.fpu.ymm[register] = bytes([1]) + bytes(15) + bytes([1]) + bytes(15)
+    m.run(lib.EXIT_HLT)
+    assert (m.reg("rax"), m.guest.fpu.xinuse) == (0 if register == 8 else SSE | AVX, SSE | AVX)
+
+
 # ---- what is loaded
 
 

@@ -161,13 +161,15 @@ class Memory:
     """Host memory that can be taken away and given back, page by page."""
 
     libc = ctypes.CDLL(None, use_errno=True)
+    holes = False
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, align: int = 4 << 20) -> None:
         self.size = size
         # Behind a reservation, so that nothing else ever lands in a hole.
-        self.map = mmap.mmap(-1, size + (4 << 20), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        self.map = mmap.mmap(-1, size + align, flags)
         start = int(ffi.cast("uintptr_t", ffi.from_buffer(self.map)))
-        self.hva = (start + (4 << 20) - 1) & ~((4 << 20) - 1)
+        self.hva = (start + align - 1) & ~(align - 1)
         self.offset = self.hva - start
         self.libc.mmap.restype = ctypes.c_void_p
         self.libc.mmap.argtypes = (
@@ -198,7 +200,21 @@ class Memory:
         address = self.libc.mmap(self.hva + at, size, prot, flags, -1, 0)
         assert address == self.hva + at
 
+    def unmap(self, at: int, size: int) -> None:
+        """Leave a hole, until `remap` or `close`."""
+        self._check(self.libc.munmap(ctypes.c_void_p(self.hva + at), ctypes.c_size_t(size)))
+        self.holes = True
+
+    def word(self, at: int) -> int:
+        return int.from_bytes(self.read(at, 4), "little")
+
+    def set_word(self, at: int, value: int) -> None:
+        self.write(at, value.to_bytes(4, "little"))
+
     def close(self) -> None:
+        """Make it whole again: the interpreter is going to unmap all of it."""
+        if self.holes:
+            self.remap(0, self.size, mmap.PROT_READ | mmap.PROT_WRITE)
         self.protect(0, self.size, mmap.PROT_READ | mmap.PROT_WRITE)
 
 

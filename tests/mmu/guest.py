@@ -1,5 +1,9 @@
 """A VM whose guest runs in 32-bit, PAE or long mode on page tables that the test or it itself writes.
 
+`run`, `finish` and `fault` are one piece of code each; `begin` and `go` run a longer one from one STOP in it
+to the next, so that a test looks at the MMU in between.  Tables that have been used are edited by the guest:
+what the client writes into them behind the MMU's back is nobody's to see.
+
 The first 2 MiB (4 MiB in 32-bit mode) of linear addresses are mapped one to one by a large page that
 holds code, tables and stack.  TEST is where tests map things: its table of the last level is at PT, the
 one above at PD.
@@ -9,12 +13,20 @@ from __future__ import annotations
 
 import contextlib
 
+from collections.abc import Iterator, Mapping
+
+from pykvm import fake, trace
 from pykvm.abi import uapi
-from pykvm.client import Exit, Hlt, Io, Kvm, Mmio, Shutdown
+from pykvm.client import Exit, Hlt, Io, Kvm, Mmio, Shutdown, Vcpu
+from pykvm.kvm.vcpu import Vcpu as KernelVcpu
+from pykvm.kvm.vm import Vm as KernelVm
+from pykvm.mmu.view import PageView
 from tests.guest.bare import assemble
 
 CODE, STACK = 0x10000, 0x9000
 ROOT, PDPT, PD_LOW, PD, PT = 0x20000, 0x21000, 0x22000, 0x23000, 0x24000
+ROOT5 = 0x2F000
+STOP_PORT = 0x10
 IDT, GDT = 0x2000, 0x3000
 TEST = 0x4000_0000
 FRAMES = 0x20_0000  # frames that tests map; the memory ends at 4 MiB
@@ -27,19 +39,25 @@ _CODE64, _CODE32, _DATA = (0xB, 1, 0), (0xB, 0, 1), (3, 0, 1)
 
 
 class PagingGuest:
-    """One vCPU. `width`: 64 long mode, 36 PAE, 32 two levels."""
+    """`width`: 57 and 64 long mode with 5 and 4 levels, 36 PAE, 32 two levels, 0 no paging."""
 
-    def __init__(self, *, tdp: bool = True, width: int = 64, log_dirty: bool = False) -> None:
+    def __init__(
+        self, *, tdp: bool = True, width: int = 64, log_dirty: bool = False, vcpus: int = 1, cr4: int = 0
+    ) -> None:
         self.width = width
+        self.long = width in {57, 64}
+        self.cr4 = cr4
         self.entry = 4 if width == 32 else 8
         self._stack = contextlib.ExitStack()
         kvm = self._stack.enter_context(Kvm(tdp=tdp))
         self.vm = self._stack.enter_context(kvm.create_vm())
         self.ram = self.vm.add_memory(0, SIZE, log_dirty=log_dirty)
-        self.vcpu = self._stack.enter_context(self.vm.create_vcpu(0))
-        self.vcpu.set_cpuid(kvm.supported_cpuid())
+        self.vcpus = [self._stack.enter_context(self.vm.create_vcpu(n)) for n in range(vcpus)]
+        self.vcpu = self.vcpus[0]
         self._tables()
-        self._mode()
+        for vcpu in self.vcpus:
+            vcpu.set_cpuid(kvm.supported_cpuid())
+            self._mode(vcpu)
 
     def close(self) -> None:
         self._stack.close()
@@ -55,6 +73,8 @@ class PagingGuest:
         return int.from_bytes(self.ram[address : address + size], "little")
 
     def _tables(self) -> None:
+        if not self.width:
+            return
         if self.width == 32:
             self.write(ROOT, FULL | PS)
             self.write(self.pde(), PT | P | W | U | A)
@@ -67,11 +87,12 @@ class PagingGuest:
             self.write(ROOT, PDPT | P | W | U | A)
             self.write(PDPT, PD_LOW | P | W | U | A)
             self.write(PDPT + 8, PD | P | W | U | A)
+            self.write(ROOT5, ROOT | P | W | U | A)
         self.write(self.pde(), PT | P | W | U | A)
 
-    def pde(self) -> int:
-        """Address of the entry that points to PT."""
-        return ROOT + (TEST >> 22) * 4 if self.width == 32 else PD
+    def pde(self, n: int = 0) -> int:
+        """Address of the entry that points to PT, or of one behind it."""
+        return (ROOT + (TEST >> 22) * 4 if self.width == 32 else PD) + n * self.entry
 
     def pte(self, page: int) -> int:
         """Address of the entry of the page at TEST + page * 4096."""
@@ -82,30 +103,33 @@ class PagingGuest:
 
     # ---- registers ----
 
-    def _mode(self) -> None:
-        with self.vcpu.sregs as sregs:
-            sregs.cr0 = uapi.X86_CR0_PE | uapi.X86_CR0_PG | uapi.X86_CR0_WP | uapi.X86_CR0_ET
-            sregs.cr3 = ROOT
-            sregs.cr4 = uapi.X86_CR4_PSE if self.width == 32 else uapi.X86_CR4_PAE
-            sregs.efer = uapi.EFER_NX * (self.width != 32)
-            if self.width == 64:
+    def _mode(self, vcpu: Vcpu) -> None:
+        with vcpu.sregs as sregs:
+            sregs.cr0 = uapi.X86_CR0_PE | uapi.X86_CR0_ET
+            if self.width:
+                sregs.cr0 |= uapi.X86_CR0_PG | uapi.X86_CR0_WP
+                sregs.cr3 = ROOT5 if self.width == 57 else ROOT
+                sregs.cr4 = uapi.X86_CR4_PSE if self.width == 32 else uapi.X86_CR4_PAE
+                sregs.efer = uapi.EFER_NX * (self.width != 32)
+            sregs.cr4 |= self.cr4 | uapi.X86_CR4_LA57 * (self.width == 57)
+            if self.long:
                 sregs.efer |= uapi.EFER_LME | uapi.EFER_LMA
             for name in ("cs", "ds", "es", "ss", "fs", "gs"):
                 segment = getattr(sregs, name)
                 segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, 8 if name == "cs" else 16
-                kind = _DATA if name != "cs" else _CODE64 if self.width == 64 else _CODE32
+                kind = _DATA if name != "cs" else _CODE64 if self.long else _CODE32
                 segment.type, segment.l, segment.db = kind
                 segment.present = segment.s = segment.g = 1
                 segment.dpl = segment.unusable = 0
             sregs.idt.base, sregs.idt.limit = IDT, 0xFFF
             sregs.gdt.base, sregs.gdt.limit = GDT, 0x7F
-        self.write(GDT + 8, 0xAF9B000000FFFF if self.width == 64 else 0xCF9B000000FFFF, 8)
+        self.write(GDT + 8, 0xAF9B000000FFFF if self.long else 0xCF9B000000FFFF, 8)
         self.write(GDT + 16, 0xCF93000000FFFF, 8)
         self._fault_handler()
 
     def _fault_handler(self) -> None:
         """#PF: out of the error code to port 0xe, then of CR2 to port 0xc (low half), then HLT."""
-        wide = self.width == 64
+        wide = self.long
         ax, pop = ("rax", "pop rax") if wide else ("eax", "pop eax")
         code, _ = assemble(f"{pop}; out 0xe, eax; mov {ax}, cr2; out 0xc, eax; hlt", 0x8000, self.bits, ())
         self.ram[0x8000 : 0x8000 + len(code)] = code
@@ -113,7 +137,7 @@ class PagingGuest:
 
     @property
     def bits(self) -> int:
-        return 64 if self.width == 64 else 32
+        return 64 if self.long else 32
 
     # ---- running ----
 
@@ -148,8 +172,70 @@ class PagingGuest:
         assert found == Hlt()
         return values[0], values[1]
 
+    def begin(self, source: str, vcpu: Vcpu | None = None, **regs: int) -> int:
+        """Run to the first STOP, or HLT, and return rax."""
+        vcpu = vcpu or self.vcpu
+        if self.bits == 32:
+            for name in ("ax", "bx", "cx", "dx", "si", "di", "bp", "sp"):
+                source = source.replace(f"r{name}", f"e{name}")
+        at = CODE + 0x1000 * self.vcpus.index(vcpu)
+        code, _ = assemble(source.replace("STOP", f"out {STOP_PORT}, eax"), at, self.bits, ())
+        self.ram[at : at + len(code)] = code
+        with vcpu.regs as state:
+            state.rip, state.rsp, state.rflags = at, STACK - 0x100 * self.vcpus.index(vcpu), 2
+            for name, value in regs.items():
+                setattr(state, name, value)
+        return self.go(vcpu)
+
+    def go(self, vcpu: Vcpu | None = None) -> int:
+        """Run on to the next STOP, or HLT, and return rax."""
+        vcpu = vcpu or self.vcpu
+        found = vcpu.run()
+        stopped = found == Hlt() or (isinstance(found, Io) and found.port == STOP_PORT)
+        assert stopped, f"{found} at {vcpu.regs.rip:#x}"
+        return int(vcpu.regs.rax)
+
+    def code(self, source: str) -> int:
+        """Run a piece of code that ends in STOP or HLT, without having to say so."""
+        return self.begin(f"{source}; hlt")
+
+    # ---- what the MMU has ----
+
     def stat(self, name: str) -> int:
         return self.vm.mmu.stat()[name]
+
+    @property
+    def kernel(self) -> KernelVm:
+        """The VM as the module has it."""
+        return fake.vcpu_of(self.vcpu.fd).vm
+
+    def kernel_vcpu(self, vcpu: Vcpu | None = None) -> KernelVcpu:
+        return fake.vcpu_of((vcpu or self.vcpu).fd)
+
+    def shadows(self, address: int) -> list[PageView]:
+        """Return the shadow pages of the guest table at an address."""
+        return [page for page in self.vm.mmu.pages() if page.gfn == address >> 12 and not page.role.direct]
+
+    def shadow(self, address: int) -> PageView:
+        """Return the only one."""
+        (page,) = self.shadows(address)
+        return page
+
+    def spte(self, gla: int, level: int = 1) -> int:
+        """Return our entry of a level for an address; 0 when the walk ends before."""
+        steps = self.vm.walk(self.vcpu, gla).sptes
+        return next((step.entry for step in steps if step.level == level), 0)
+
+    @contextlib.contextmanager
+    def events(self, names: str) -> Iterator[list[tuple[str, Mapping[str, object]]]]:
+        """Collect tracepoints."""
+        found: list[tuple[str, Mapping[str, object]]] = []
+
+        def listener(name: str, fields: Mapping[str, object]) -> None:
+            found.append((name, dict(fields)))
+
+        with trace.listen(names, listener):
+            yield found
 
 
 __all__ = ["Hlt", "Io", "Mmio", "PagingGuest", "Shutdown"]

@@ -1,154 +1,57 @@
-"""The instruction decoder against iced-x86: length and validity of random and of directed bytes."""
+"""The instruction decoder against iced-x86 (the long form: tests/fuzz/decode.py), and by itself."""
 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import iced_x86 as iced
 import pytest
-from iced_x86 import CpuidFeature
 
 from pykvm.abi import ffi, lib
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from pykvm.kvm.cpuid import FEATURES, WORDS
+from tests.fuzz import decode as long_form
+from tests.fuzz.decode import ABSENT, RENAMED, Comparison, sequence
+from tests.fuzz.generate import Generator, Row, table
 
 SEQUENCES = 40_000
-PREFIXES = b"\x66\x67\xf2\xf3\xf0\x2e\x36\x3e\x26\x64\x65\x40\x41\x44\x48\x4f"
-# Where most of the structure is: escapes, VEX, groups and their sub-tables.
-STARTS = (
-    *[b""] * 8,
-    *[b"\x0f"] * 6,
-    *[b"\x0f\x38", b"\x0f\x3a", b"\x0f\x38\xf0", b"\x0f\x38\xf1", b"\x0f\x38\xf6"] * 2,
-    *[b"\xc4\xe2", b"\xc4\xe3", b"\xc4\x42", b"\xc4\x22", b"\xc5", b"\xc4\xe2\x78\xf7"] * 2,
-    *[b"\x0f\x00", b"\x0f\x01", b"\x0f\xae", b"\x0f\xc7", b"\x0f\xba", b"\x0f\xb8", b"\x0f\xbc"],
-    *[b"\x80", b"\x83", b"\xc0", b"\xd3", b"\xf6", b"\xf7", b"\xfe", b"\xff", b"\x8f", b"\x63", b"\x90"],
-)
-
-# Instructions of these must decode; those of other features may be missing, and are #UD then.
-OFFERED = {
-    getattr(CpuidFeature, name)
-    for name in [
-        "INTEL8086",
-        "INTEL186",
-        "INTEL286",
-        "INTEL386",
-        "INTEL486",
-        "X64",
-        *["SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2", "AES", "PCLMULQDQ", "SHA", "GFNI"],
-        *["AVX", "AVX2", "FMA", "F16C", "VAES", "VPCLMULQDQ"],
-        "ADX",
-        "BMI1",
-        "BMI2",
-        "CLFLUSHOPT",
-        "CLFSH",
-        "CLWB",
-        "CMOV",
-        "CMPXCHG16B",
-        "CX8",
-        "FSGSBASE",
-        "INVPCID",
-        "LZCNT",
-        "MONITOR",
-        "MOVBE",
-        "MSR",
-        "MULTIBYTENOP",
-        "PAUSE",
-        "PKU",
-        "POPCNT",
-        "RDPID",
-        "RDPMC",
-        "RDRAND",
-        "RDSEED",
-        "RDTSCP",
-        "SEP",
-        "SERIALIZE",
-        "SMAP",
-        "SYSCALL",
-        "TSC",
-        "XSAVE",
-        "SMM",
-        "CPUID",
-        "UDBG",
-        "VMX",
-        "SVM",
-    ]
-}
-# Valid for iced, of an offered feature, and still undefined here: what it is, and why.
-UNDEFINED = {
-    "WAIT": "x87",
-    "GETSEC": "SMX is not offered",
-    **dict.fromkeys(
-        [
-            "VMCLEAR",
-            "VMLAUNCH",
-            "VMPTRLD",
-            "VMPTRST",
-            "VMREAD",
-            "VMRESUME",
-            "VMWRITE",
-            "VMXOFF",
-            "VMXON",
-            "VMFUNC",
-            "INVEPT",
-            "INVVPID",
-        ],
-        "VMX is not offered",
-    ),
-    **dict.fromkeys(
-        ["VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI", "INVLPGA", "SKINIT"],
-        "SVM is not offered",
-    ),
-    **dict.fromkeys(
-        ["XSAVE", "XSAVE64", "XRSTOR", "XRSTOR64"],
-        "vector state has its own rows",
-    ),
-}
-MNEMONIC = {value: name for name, value in vars(iced.Mnemonic).items() if name.isupper()}
-
-
-def sequences(seed: int) -> Iterator[bytes]:
-    r = random.Random(seed)
-    for _ in range(SEQUENCES):
-        count = r.choice((0, 0, 0, 1, 1, 2, 3, r.randrange(14)))
-        head = bytes(r.choices(PREFIXES, k=count)) + r.choice(STARTS)
-        yield (head + r.randbytes(15))[:15]
 
 
 def decode(code: bytes, bits: int) -> int:
     return int(lib.cpu_decode(code, len(code), bits, ffi.NULL, 0))
 
 
-def is_exception(instruction: iced.Instruction, code: bytes, bits: int, ours: int) -> bool:
-    """Differences that are meant."""
-    if instruction.code == iced.Code.INVALID:
-        # a register that is not there: MOV CR1 is #UD when executed
-        opcode = code.lstrip(PREFIXES if bits == 64 else PREFIXES[:-5])[:2]
-        return opcode in {b"\x0f\x20", b"\x0f\x21", b"\x0f\x22", b"\x0f\x23"}
-    if ours:
-        return False
-    mnemonic = MNEMONIC[instruction.mnemonic]
-    return bool(UNDEFINED.get(mnemonic)) or not set(instruction.cpuid_features()) <= OFFERED
-
-
 @pytest.mark.spec("cpu.isa_int", "cpu.ud_space")
 @pytest.mark.parametrize("bits", [16, 32, 64])
-def test_length_and_validity(bits: int) -> None:
-    wrong = []
-    for code in sequences(bits):
-        ours = decode(code, bits)
-        instruction = iced.Decoder(bits, code).decode()
-        theirs = 0 if instruction.code == iced.Code.INVALID else instruction.len
-        if ours != theirs and not is_exception(instruction, code, bits, ours):
-            wrong.append(f"{code.hex()}: {ours}, iced {theirs} {instruction}")
-    assert not wrong, wrong[:20]
+def test_length_mnemonic_and_validity(bits: int) -> None:
+    comparison = Comparison(bits)
+    differences = list(comparison.run(0, SEQUENCES))
+    assert not differences, "\n".join(differences[:20])
+    assert comparison.agreed[True] > SEQUENCES / 3
+    assert comparison.agreed[False] > SEQUENCES / 10
+
+
+def test_every_difference_is_seen() -> None:
+    """A name, a length, an instruction too many or too few."""
+    comparison = Comparison(64)
+    assert comparison.compare(b"\x90".ljust(15)) is None
+    for code in (b"\x0f\x0b", b"\x01\xc0", b"\x0f\x01\xd8", b"\x06"):  # UD2, ADD, VMRUN, PUSH ES
+        assert comparison.compare(code.ljust(15)) is None
+    movs = b"\xa4".ljust(15)
+    with patch.dict(RENAMED, clear=True):
+        assert comparison.compare(movs) == f"{movs.hex()}: 1 movs, iced: 1 movsb (movsb)"
+    with patch.dict(ABSENT, clear=True):
+        assert "0 invalid, iced: 3 vmrun" in str(comparison.compare(b"\x0f\x01\xd8".ljust(15)))
+    comparison.bits = 32
+    assert comparison.compare(b"\xc4\xe2\x39\xdb\xc3".ljust(15)) is None  # VAESIMC with vvvv 0111: once valid
+    assert comparison.compare(b"\x0f\x20\xc8".ljust(15)) is None  # MOV EAX, CR1: once #UD at execution only
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
 def test_missing_bytes(bits: int) -> None:
     """A prefix of a valid instruction wants more, never something else."""
-    for code in list(sequences(1000 + bits))[:4000]:
+    r = random.Random(1000 + bits)
+    for code in (sequence(r) for _ in range(4000)):
         length = decode(code, bits)
         if length > 0:
             assert all(decode(code[:n], bits) == -1 for n in range(length)), code.hex()
@@ -193,3 +96,74 @@ def test_rows() -> None:
     assert "0f b8 f3 popcnt G,E" in rows
     assert "00 add E,G 8-bit lock" in rows
     assert len(rows) > 500
+
+
+# ---- CPUID's bits of the rows, as iced-x86 knows them
+
+ALWAYS = {
+    "INTEL8086",
+    "INTEL186",
+    "INTEL286",
+    "INTEL386",
+    "INTEL486",
+    "X64",
+    "CPUID",
+    "MULTIBYTENOP",
+    "PAUSE",
+}
+ALWAYS |= {"FPU", "FPU287", "FPU387"}
+# VEX encodings: the row has the bit of the legacy encoding, the handler asks for these.
+OF_ENCODING = {"AVX", "AVX2", "VAES", "VPCLMULQDQ"}
+LINUX_NAMES = {"LZCNT": "ABM", "CLFSH": "CLFLUSH", "CMPXCHG16B": "CX16", "SHA": "SHA_NI"}
+# Rows that do not ask for the bit iced has, and why.
+NOT_ASKED = {
+    "MONITOR": "monitor mwait",  # leave to the module
+    "VMX": "vmcall",  # the same: hypercalls of both vendors
+    "SVM": "vmmcall",
+    "SEV_ES": "vmmcall",
+    "SMM": "rsm",
+    "RDPMC": "rdpmc",  # there since the Pentium MMX, without a bit
+    "WBNOINVD": "wbinvd",  # F3 is ignored
+    "CLDEMOTE": "nop",
+    **dict.fromkeys(["PREFETCHITI", "PREFETCHW", "PREFETCHWT1", "SSE"], "prefetch"),  # hints, NOP without
+}
+# Rows that ask for a bit iced has not: LAHF_LM for 64-bit mode; SSE2, with which PADDQ came (APM vol. 5).
+ASKED = {"lahf": "LAHF_LM", "sahf": "LAHF_LM", "paddq": "SSE2"}
+
+
+def features_of(row: Row, bits: int) -> set[frozenset[str]]:
+    """What iced-x86 says that random instructions of this row need."""
+    found: set[frozenset[str]] = set()
+    if bits == 32 and row.selectors & {"W1", "64"}:
+        return found
+    generator = Generator(row.text, [row], bits)
+    for template in filter(None, (generator.template() for _ in range(20))):
+        instruction = iced.Decoder(bits, template.bytes.ljust(15, b"\0")).decode()
+        if instruction.code != iced.Code.INVALID and instruction.len == len(template.bytes):
+            found.add(frozenset(long_form.FEATURES[value] for value in instruction.cpuid_features()))
+    return found
+
+
+@pytest.mark.spec("sys.GET_SUPPORTED_CPUID")
+def test_rows_ask_for_the_features_that_iced_knows() -> None:
+    """So that what CPUID offers and what is executed are the same also by another's list."""
+    bits_of = {
+        (WORDS[f.word].ctl or 0) << 5 | f.bit: f.name for f in FEATURES if WORDS[f.word].ctl is not None
+    }
+    wrong, seen = [], 0
+    for number, row in enumerate(table()):
+        bit = lib.cpu_insn_feature(number)
+        asked = {bits_of[bit]} if bit >= 0 else set()
+        for features in features_of(row, 64) | features_of(row, 32):
+            seen += 1
+            known = {
+                LINUX_NAMES.get(f, f)
+                for f in features - ALWAYS
+                if row.name not in NOT_ASKED.get(f, "").split()
+            }
+            missing = known - OF_ENCODING - asked - ({"MMX"} if row.name == "paddq" else set())
+            too_many = set() if known & OF_ENCODING else asked - known - {ASKED.get(row.name)}
+            if missing or too_many:
+                wrong.append(f"{row.text}: {asked or 'nothing'}, iced {sorted(features)}")
+    assert not wrong, "\n".join(wrong)
+    assert seen > 1000

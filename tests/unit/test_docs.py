@@ -10,11 +10,10 @@ import pytest
 from tests.docs import ROOT, between_markers, parts
 
 
-@pytest.mark.parametrize("name", parts())
-def test_generated(name: str) -> None:
+@pytest.mark.parametrize(("name", "marker"), parts())
+def test_generated(name: str, marker: str) -> None:
     """When this fails: `python -m tests.docs`."""
-    marker, text = parts()[name]
-    assert between_markers((ROOT / name).read_text(), marker) == text
+    assert between_markers((ROOT / name).read_text(), marker) == parts()[name, marker]()
 
 
 def test_readme_example_is_the_example_that_is_tested() -> None:

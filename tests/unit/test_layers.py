@@ -24,7 +24,7 @@ ALLOWED = {
     "device": {"abi", "fd", "kvm", "mmu"},
     "client": {"abi", "device"},
     "run": {"abi", "client"},
-    "preload": {"abi", "fd", "trace", "kvm", "device"},
+    "preload": {"abi", "fd", "trace", "kvm", "device", "mmu"},
 }
 
 

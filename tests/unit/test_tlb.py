@@ -340,11 +340,11 @@ def test_writes_to_an_emulated_frame_are_posted(machine: Machine) -> None:
     code(m, b"\x66\x01\x03", paging=Paging("none"))  # add [rbx], ax
     m.guest.gpr[0] = 1
     assert m.run(CODE_LA, 0x5010) == Outcome("ept", 0x5010, 2 | (SR | SX) << 3 | 0x180)
-    m.ctl.emulate_gfn = 5
+    m.ctl.emulate[0].gfn, m.ctl.emulate_count = 5, 1
     assert m.outcome(lib.cpu_complete(m.cpu)) == Outcome("mmio-write", 0x5010, 2)
     assert posted(m) == [(0x5010, b"\x11\x20")]
     assert m.peek(0x5010, 2) == 0x2010
-    assert m.ctl.emulate_gfn == (1 << 64) - 1
+    assert m.ctl.emulate_count == 0
 
 
 # ---- code ---------------------------------------------------------------------------------------------

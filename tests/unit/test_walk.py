@@ -495,7 +495,7 @@ def test_accessed_and_dirty_bits_are_left_out_in_a_read_only_slot(machine: Machi
     m.map(entry >> 12, SR | SX)
     long_mode(m, b"\x88\x03" + UD2)
     assert m.run(CODE_LA, DATA) == Outcome("ept", entry, 3 | (SR | SX) << 3 | 0x80)
-    m.ctl.emulate_gfn = entry >> 12
+    m.ctl.emulate[0].gfn, m.ctl.emulate_count = entry >> 12, 1
     assert lib.cpu_complete(m.cpu) == lib.EXIT_NONE
     assert m.peek(entry) == 0x5000 | P | W
     assert m.guest.rip == CODE_LA + 2
@@ -615,7 +615,7 @@ def test_shadow_write_to_a_protected_page_is_emulated(machine: Machine) -> None:
     m.map(0x123, SR | SX, to=5)
     m.guest.gpr[0] = 0x1122334455667788
     assert m.run(CODE_LA, 0x123010) == Outcome("shadow", 0x123010, 3)
-    m.ctl.emulate_gfn, m.ctl.emulate_gla = 0x77, 0x123000
+    m.ctl.emulate[0].gfn, m.ctl.emulate[0].gla, m.ctl.emulate_count = 0x77, 0x123000, 1
     assert m.outcome(lib.cpu_complete(m.cpu)) == Outcome("mmio-write", 0x77010, 8)
     assert bytes(m.exit.mmio[0].data)[:8] == bytes.fromhex("8877665544332211")
     assert m.peek(0x5010) == 0
