@@ -267,24 +267,51 @@ def client_ioctls(settings: Settings, prefix: list[str]) -> dict[str, float | st
     return rows
 
 
+STATES = {
+    "REGS": "kvm_regs",
+    "SREGS": "kvm_sregs",
+    "SREGS2": "kvm_sregs2",
+    "FPU": "kvm_fpu",
+    "XSAVE": "kvm_xsave",
+    "XCRS": "kvm_xcrs",
+    "DEBUGREGS": "kvm_debugregs",
+    "VCPU_EVENTS": "kvm_vcpu_events",
+    "MP_STATE": "kvm_mp_state",
+}
+"""The state of a vCPU: KVM_GET_* and KVM_SET_* by the structure they take."""
+
+
+def state_calls(m: Machine) -> Iterator[tuple[str, int, int, CData]]:
+    """Yield name, descriptor, request and argument of each GET, and of the SET of what it got."""
+    arguments = {name: abi.new(struct) for name, struct in STATES.items()}
+    msrs = ffi.new("struct kvm_msrs *", {"entries": 1})
+    msrs.nmsrs = 1
+    msrs.entries[0].index = 0x277  # IA32_PAT
+    arguments["MSRS"] = msrs
+    arguments["CPUID2"] = supported_cpuid(m.device)
+    for name, argument in arguments.items():
+        if name != "CPUID2":
+            yield f"KVM_GET_{name}", m.vcpu, getattr(abi, f"KVM_GET_{name}"), argument
+        yield f"KVM_SET_{name}", m.vcpu, getattr(abi, f"KVM_SET_{name}"), argument
+    yield "KVM_GET_CPUID2", m.vcpu, abi.KVM_GET_CPUID2, arguments["CPUID2"]
+    clock = abi.new("kvm_clock_data")
+    yield "KVM_GET_CLOCK", m.vm, abi.KVM_GET_CLOCK, clock
+    yield "KVM_SET_CLOCK", m.vm, abi.KVM_SET_CLOCK, abi.new("kvm_clock_data")
+
+
 def bench_ioctls(settings: Settings, clients: dict[str, dict[str, float | str]]) -> Results:
-    """Calls a second: the cheap ones every client makes all the time."""
-    names = ("KVM_CHECK_EXTENSION", "KVM_GET_REGS", "KVM_GET_SREGS")
-    results: Results = {name: {} for name in names}
+    """Calls a second: the cheap ones every client makes all the time, and each part of a vCPU's state."""
+    results: Results = {}
     for device in settings.devices:
         with machine(device) as m:
-            regs, sregs = abi.new("kvm_regs"), abi.new("kvm_sregs")
-            calls = (
-                (m.kvm, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP_USER_MEMORY),
-                (m.vcpu, abi.KVM_GET_REGS, regs),
-                (m.vcpu, abi.KVM_GET_SREGS, sregs),
-            )
-            for name, call in zip(names, calls, strict=True):
-                results[name][device.name] = per_second(partial(device.ioctl, *call), settings.seconds)
+            check = (m.kvm, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP_USER_MEMORY)
+            for name, *call in (("KVM_CHECK_EXTENSION", *check), *state_calls(m)):
+                row = results.setdefault(name, {})
+                row[device.name] = per_second(partial(device.ioctl, *call), settings.seconds)
     for column, rows in clients.items():
         for name, rate in rows.items():
             if name.startswith("KVM_"):
-                results.setdefault(name, {})[column] = rate
+                results.setdefault(name.replace("MSRS(1)", "MSRS"), {})[column] = rate
     return results
 
 
