@@ -272,7 +272,7 @@ def bench_dirty(devices: list[Device], quick: bool) -> Results:
 
 
 def size_in_this_process(device: Device, size: int) -> dict[str, float]:
-    """Map so many pages: bytes of our own memory a page, pages a second, and ms of what then is done to all."""
+    """Map so many pages: bytes of ours a page, pages a second, and ms of what then is done to all."""
     with guest(device, size) as g, reserved(size * PAGE, offset=PAGE, same=True) as hva:
         # As many pages for tables as they need: none is given up.
         device.ioctl(g.vm, abi.KVM_SET_NR_MMU_PAGES, 1 << 20)

@@ -229,11 +229,15 @@ _MAX_BASIC = 0xD
 _MAX_EXTENDED = 0x8000_0008
 PHYS_BITS = 46
 VIRT_BITS = 57
+# Linux also offers ASYNC_PF, ASYNC_PF_VMEXIT, ASYNC_PF_INT, PV_UNHALT and PV_SEND_IPI, local APIC in the
+# kernel or not.  Without one they do not work there either: QEMU gives up when the register of ASYNC_PF_INT
+# does not take its own reset value, and a guest's other processors never see the IPIs.
 _KVM_FEATURES = (
     1 << uapi.KVM_FEATURE_CLOCKSOURCE
     | 1 << uapi.KVM_FEATURE_NOP_IO_DELAY
     | 1 << uapi.KVM_FEATURE_CLOCKSOURCE2
     | 1 << uapi.KVM_FEATURE_STEAL_TIME
+    | 1 << uapi.KVM_FEATURE_PV_EOI
     | 1 << uapi.KVM_FEATURE_PV_TLB_FLUSH
     | 1 << uapi.KVM_FEATURE_POLL_CONTROL
     | 1 << uapi.KVM_FEATURE_PV_SCHED_YIELD

@@ -6,12 +6,15 @@ other vendor's instruction.
 
 from __future__ import annotations
 
+import struct
+import time
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
 from pykvm import trace
 from pykvm.abi import lib, uapi
 from pykvm.abi.errors import KvmError
+from pykvm.kvm import clock
 from pykvm.kvm.caps import Args, vcpu_cap, vm_cap
 from pykvm.kvm.exits import RESUME, USERSPACE, Outcome, get_cpl, is_64_bit_mode, on_exit, rip_moved
 from pykvm.kvm.msr_pv import guest_pv_has
@@ -30,6 +33,10 @@ OSI_MAGIC_RAX = 0x1137_24FA
 OSI_MAGIC_RBX = 0x7781_0F9B
 _GPRS = 16
 _VMMCALL = 1
+# lapic.h: logical destination, and shorthands, which KVM_HC_SEND_IPI does not take.
+_APIC_DEST_MASK, _APIC_SHORT_MASK = 0x800, 0xC_0000
+# struct kvm_clock_pairing: sec, nsec, tsc, flags, padding.
+_CLOCK_PAIRING = struct.Struct("<qqQI36x")
 # Exits a client can ask for: KVM_CAP_EXIT_HYPERCALL's mask.
 _EXIT_HYPERCALLS = 1 << uapi.KVM_HC_MAP_GPA_RANGE
 
@@ -55,7 +62,7 @@ def handle_vmcall(vcpu: Vcpu) -> Outcome:
     elif nr == uapi.KVM_HC_MAP_GPA_RANGE:
         return _map_gpa_range(vcpu, *args[:3], mask=mask)
     else:
-        result = _do_hypercall(vcpu, nr)
+        result = _do_hypercall(vcpu, nr, args)
     return _complete(vcpu, result & mask)
 
 
@@ -65,7 +72,7 @@ def _complete(vcpu: Vcpu, result: int) -> Outcome:
     return RESUME
 
 
-def _do_hypercall(vcpu: Vcpu, nr: int) -> int:
+def _do_hypercall(vcpu: Vcpu, nr: int, args: list[int]) -> int:
     """Return the result of a hypercall that this side of the client can do."""
     if nr == uapi.KVM_HC_VAPIC_POLL_IRQ:
         return 0
@@ -74,7 +81,32 @@ def _do_hypercall(vcpu: Vcpu, nr: int) -> int:
         return 0
     if nr == uapi.KVM_HC_SCHED_YIELD and guest_pv_has(vcpu, uapi.KVM_FEATURE_PV_SCHED_YIELD):
         return 0
+    if nr == uapi.KVM_HC_SEND_IPI and guest_pv_has(vcpu, uapi.KVM_FEATURE_PV_SEND_IPI):
+        return _send_ipi(*args)
+    if nr == uapi.KVM_HC_CLOCK_PAIRING and is_64_bit_mode(vcpu):
+        return _clock_pairing(vcpu, *args[:2])
     return -uapi.KVM_ENOSYS
+
+
+def _send_ipi(low: int, high: int, first: int, icr: int) -> int:
+    """Send an interrupt to the processors in a bitmap: there is no local APIC in the kernel to do so.
+
+    Source: lapic.c kvm_pv_send_ipi
+    """
+    del low, high, first
+    return -uapi.KVM_EINVAL if icr & (_APIC_DEST_MASK | _APIC_SHORT_MASK) else -uapi.KVM_EOPNOTSUPP
+
+
+def _clock_pairing(vcpu: Vcpu, gpa: int, clock_type: int) -> int:
+    """Write the time of day, and the guest's TSC at that moment, to where the guest wants them.
+
+    Source: x86.c kvm_pv_clock_pairing
+    """
+    if clock_type != uapi.KVM_CLOCK_PAIRING_WALLCLOCK:
+        return -uapi.KVM_EOPNOTSUPP
+    sec, nsec = divmod(time.time_ns(), clock.NSEC_PER_SEC)
+    written = vcpu.vm.write_guest(gpa, _CLOCK_PAIRING.pack(sec, nsec, clock.read_tsc(vcpu), 0))
+    return 0 if written else -uapi.KVM_EFAULT
 
 
 def _map_gpa_range(vcpu: Vcpu, gpa: int, npages: int, attributes: int, *, mask: int) -> Outcome:

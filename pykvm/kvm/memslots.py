@@ -267,6 +267,8 @@ def invalidate_range_start(vm: Vm, start: int, end: int) -> None:
                 gfn = slot.base_gfn + ((first - slot.userspace_addr) >> PAGE_SHIFT)
                 npages = (last - first + PAGE_SIZE - 1) >> PAGE_SHIFT
                 vm.mmu.unmap_gfn_range(slot.as_id, gfn, gfn + npages)
+    for stats_file in vm.stats_files:
+        stats_file.refresh()
 
 
 def invalidate_range_end(vm: Vm, start: int, end: int) -> None:

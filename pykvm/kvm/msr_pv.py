@@ -85,17 +85,48 @@ def _pv_stored(index: int, feature: int, check: Check | None = None, *, reset: i
         vcpu.msrs.values[index] = data
 
 
-# Asynchronous page faults and their interrupt need a local APIC in the kernel.
-_pv_stored(
-    uapi.MSR_KVM_ASYNC_PF_EN,
-    uapi.KVM_FEATURE_ASYNC_PF,
-    lambda vcpu, data, _host: vcpu.lapic_in_kernel or not data,
-)
+_APF_RESERVED = 0x30
+
+
+def _can_enable_apf(vcpu: Vcpu, data: int, host: bool) -> bool:
+    """Say if asynchronous page faults can be turned on so: with a local APIC in the kernel only.
+
+    Source: x86.c kvm_pv_enable_async_pf
+    """
+    del host
+    if data & _APF_RESERVED:
+        return False
+    for bit, feature in (
+        (uapi.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT, uapi.KVM_FEATURE_ASYNC_PF_VMEXIT),
+        (uapi.KVM_ASYNC_PF_DELIVERY_AS_INT, uapi.KVM_FEATURE_ASYNC_PF_INT),
+    ):
+        if data & bit and not guest_pv_has(vcpu, feature):
+            return False
+    return vcpu.lapic_in_kernel or not data
+
+
+_pv_stored(uapi.MSR_KVM_ASYNC_PF_EN, uapi.KVM_FEATURE_ASYNC_PF, _can_enable_apf)
 _pv_stored(
     uapi.MSR_KVM_ASYNC_PF_INT,
     uapi.KVM_FEATURE_ASYNC_PF_INT,
     lambda vcpu, data, _host: not data >> 8 and vcpu.lapic_in_kernel,
 )
+
+
+@msr(uapi.MSR_KVM_ASYNC_PF_ACK, save=True)
+def async_pf_ack(vcpu: Vcpu, index: int, host: bool) -> int:
+    """Where the guest says that it has seen a page come: there never is one that it waits for."""
+    del index, host
+    if not guest_pv_has(vcpu, uapi.KVM_FEATURE_ASYNC_PF_INT):
+        raise unsupported()
+    return 0
+
+
+@async_pf_ack.writer
+def _write_async_pf_ack(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
+    del index, data, host
+    if not guest_pv_has(vcpu, uapi.KVM_FEATURE_ASYNC_PF_INT):
+        raise unsupported()
 
 
 @msr(uapi.MSR_KVM_STEAL_TIME, save=True)
@@ -118,7 +149,17 @@ def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     steal_time.enable(vcpu, data)
 
 
-_pv_stored(uapi.MSR_KVM_PV_EOI_EN, uapi.KVM_FEATURE_PV_EOI, lambda _vcpu, data, _host: not data & 2)
+def _can_enable_pv_eoi(vcpu: Vcpu, data: int, host: bool) -> bool:
+    """Say if the guest's word can be there; without a local APIC in the kernel nobody writes it.
+
+    Source: lapic.c kvm_lapic_set_pv_eoi
+    """
+    del host
+    slot = vcpu.vm.memslots[0].gfn_to_memslot(data >> 12)
+    return not data & 2 and (not data & 1 or slot is not None)
+
+
+_pv_stored(uapi.MSR_KVM_PV_EOI_EN, uapi.KVM_FEATURE_PV_EOI, _can_enable_pv_eoi)
 _pv_stored(
     uapi.MSR_KVM_POLL_CONTROL,
     uapi.KVM_FEATURE_POLL_CONTROL,

@@ -17,8 +17,8 @@ class MemslotArch:
 
     `rmap`: the heads by page size, None until the VM has a shadow root.  `lpage_info`: for each large size,
     number of the page -> why it must not be mapped: how many shadowed tables lie in it, and one more for the
-    first and the last page if the slot has only a part of it.  `write_track`: gfn -> how many shadow pages
-    want to see writes to it.
+    first and the last page if the slot has only a part of it; `disallowed` says it all.  `write_track`:
+    gfn -> how many shadow pages want to see writes to it.
     """
 
     __slots__ = ("_base_gfn", "_incongruent", "_npages", "lpage_info", "rmap", "write_track")
@@ -40,6 +40,8 @@ class MemslotArch:
         end = self._base_gfn + self._npages
         for level, pages in self.lpage_info.items():
             partial = sptes.pages_per(level) - 1
+            if self._incongruent[level]:
+                continue
             if self._base_gfn & partial:
                 pages[0] = 1
             if end & partial:
@@ -68,6 +70,14 @@ class MemslotArch:
     def disallow_lpage(self, gfn: int, level: int) -> int:
         """Return how many reasons there are not to map the frame by a page as large as that."""
         return self.lpage_info[level].get(self.index(gfn, level), 0) + self._incongruent[level]
+
+    def disallowed(self, level: int) -> dict[int, int]:
+        """Return the pages of a size that must not be mapped, by number, and how many reasons there are."""
+        pages = self.lpage_info[level]
+        if not self._incongruent[level]:
+            return dict(pages)
+        last = self.index(self._base_gfn + self._npages - 1, level)
+        return {n: pages.get(n, 0) + 1 for n in range(last + 1)}
 
     def account_shadowed(self, gfn: int, delta: int, *, tracked: bool) -> None:
         """Count a shadow page of the frame that comes or goes (account_shadowed, unaccount_shadowed).

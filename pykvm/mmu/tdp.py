@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pykvm import trace
-from pykvm.abi import CData, Gfn, lib
+from pykvm.abi import CData, Gfn, ffi, lib
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, Role
 
@@ -170,10 +170,12 @@ class Tdp:
 
     def _zap_subtree(self, page: MmuPage) -> None:
         for index, spte in enumerate(page.entries()):
-            if sptes.is_shadow_present(spte) and not sptes.is_last(spte, page.role.level):
-                self._zap_subtree(self.pages.child(spte))
-            elif sptes.is_shadow_present(spte):
+            if not spte & sptes.R:
+                continue
+            if sptes.is_last(spte, page.role.level):
                 self._drop(page, index)
+            else:
+                self._zap_subtree(self.pages.child(spte))
         self.pages.remove(page)
 
     def zap_page(self, page: MmuPage) -> None:
@@ -213,15 +215,26 @@ class Tdp:
 
     def write_protect_slot(self, slot: Memslot) -> bool:
         """Write-protect every mapped frame of the slot; large leaves are dropped. True: flush."""
-        flush = False
-        for page, i, spte in list(self.leaves(slot.base_gfn, slot.end_gfn)):
+        return self._write_protect_range(self.root, slot.base_gfn, slot.end_gfn)
+
+    def _write_protect_range(self, page: MmuPage, first: int, end: int) -> bool:
+        level = page.role.level
+        span, flush = sptes.pages_per(level), False
+        low = max(first - page.gfn, 0) // span
+        high = min(-(-(end - page.gfn) // span), sptes.PT64_ENTRIES)
+        if level == sptes.PG_LEVEL_4K:
+            # A million pages are protected in the time Python would need for a few thousand.
+            mask = ffi.new("uint64_t[8]")
+            ffi.memmove(mask, ((1 << high) - (1 << low)).to_bytes(64, "little"), 64)
+            return bool(lib.spt_clear_bits(page.spt, mask, sptes.W | sptes.DIRTY) & sptes.W)
+        for i, spte in enumerate(page.entries()[low:high], low):
             if not sptes.is_shadow_present(spte):
                 continue
-            if page.role.level > sptes.PG_LEVEL_4K:
+            if sptes.is_last(spte, level):
                 self._drop(page, i)
                 flush = True
-            elif sptes.clear_bits(page.spt + i, sptes.W | sptes.DIRTY) & sptes.W:
-                flush = True
+            else:
+                flush = self._write_protect_range(self.pages.child(spte), first, end) or flush
         return flush
 
     def destroy(self) -> None:

@@ -352,10 +352,7 @@ class MmuView:
         arch, rmap = slot.arch, None
         if arch.rmap is not None:
             rmap = {level: sum(1 for _ in heads) for level, heads in enumerate(arch.rmap, sptes.PG_LEVEL_4K)}
-        lpages = {
-            level: {n: arch.disallow_lpage(arch.gfn(n, level), level) for n in pages}
-            for level, pages in arch.lpage_info.items()
-        }
+        lpages = {level: arch.disallowed(level) for level in arch.lpage_info}
         return SlotView(slot.as_id, slot.id, slot.base_gfn, slot.npages, rmap, lpages, dict(arch.write_track))
 
     def roots(self, vcpu: Vcpu) -> tuple[RootView, ...]:

@@ -69,9 +69,8 @@ MACHINES = {
         ("-M", "pc", "-cpu", "qemu64,kvm=off", *_flash(OVMF_CODE, "readonly"), *_flash(OVMF_VARS, "snapshot"))
     ),
     "shadow": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off"), extensions=("no-tdp",)),
-    "smp2": Machine(("-M", "pc", "-smp", "2"), told=True),
-    "smp4": Machine(("-M", "q35", "-smp", "4", "-cpu", "max"), told=True, own_cpu=True),
-    "smp2-shadow": Machine(("-M", "pc", "-smp", "2"), extensions=("no-tdp",), told=True),
+    "microvm": Machine(("-M", "microvm"), told=True),
+    "microvm-smp": Machine(("-M", "microvm", "-smp", "2"), told=True),
 }
 DEFAULT_MACHINES = ("kvm", "plain")
 # What a kernel says that finds KVM's own leaves in CPUID: it is told, and should be.

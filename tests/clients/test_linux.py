@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-
 from tests.clients import guests, linux_entry
 
 if TYPE_CHECKING:

@@ -56,6 +56,7 @@ def flags_then(m: Machine) -> int:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 def test_cli_and_sti_change_vif(m: Machine) -> None:
     start(m, "bad: sti; end: hlt")
     ends(m)
@@ -83,6 +84,7 @@ def test_without_vme_all_are_gp(m: Machine, code: str) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 def test_what_waits_is_the_supervisors(m: Machine) -> None:
     """VIP: what would turn VIF on is #GP, and turning it off is not."""
     start(m, "bad: sti; end: hlt", flags=VIP)
@@ -98,6 +100,7 @@ def test_what_waits_is_the_supervisors(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 @pytest.mark.parametrize("vif", [0, VIF])
 def test_pushf_shows_vif_as_if_and_iopl_3(m: Machine, vif: int) -> None:
     start(m, "pushf; end: hlt", flags=IF ^ vif >> 10 | vif | NT | CF)
@@ -113,6 +116,7 @@ def test_32_bit_forms_are_gp(m: Machine, code: str) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 @pytest.mark.parametrize("value", [IF, 0])
 def test_popf_sets_vif_and_neither_if_nor_iopl(m: Machine, value: int) -> None:
     start(m, "bad: popf; end: hlt", iopl=1, flags=IF ^ value | VIF ^ value << 10)
@@ -130,6 +134,7 @@ def test_tf_is_not_for_the_program(m: Machine, code: str, slot: int) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 def test_iret_sets_vif(m: Machine) -> None:
     start(m, "iret; end: hlt", iopl=1)
     m.load(STACK, (m.symbols["end"] - CODE).to_bytes(2, "little") + (CODE >> 4).to_bytes(2, "little"))
@@ -140,6 +145,7 @@ def test_iret_sets_vif(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 @pytest.mark.parametrize(
     ("iopl", "flags", "pushed", "left"), [(1, VIF, IF, 0), (3, IF | VIF, IF, VIF), (2, IF, 0, IF)]
 )
@@ -174,6 +180,7 @@ def test_int_beyond_the_tss_is_gp(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.vm86", "cpu.tf")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 def test_redirected_int_does_not_trap(m: Machine) -> None:
     start(m, "int 0x21; back: hlt", iopl=3, flags=TF, clear=0x21)
     m.run(lib.EXIT_HLT)
@@ -183,6 +190,7 @@ def test_redirected_int_does_not_trap(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 def test_missing_pages_make_no_difference(m: Machine) -> None:
     """The bitmap, the program's table and its stack may have to be mapped first."""
     start(m, "int 0x21; back: hlt", clear=0x21)
@@ -205,6 +213,7 @@ def test_missing_pages_make_no_difference(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.vm86", "cpu.cpl_rules")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 @pytest.mark.parametrize("mode", ["prot32", "long64"])
 def test_pvi(m: Machine, mode: str) -> None:
     bits = 32 if mode == "prot32" else 64
@@ -229,6 +238,7 @@ def test_pvi(m: Machine, mode: str) -> None:
 
 
 @pytest.mark.spec("cpu.vm86")
+@pytest.mark.tcg_differs("neither VME nor PVI: SDM vol. 3 20.3, 20.4")
 def test_pvi_is_not_for_popf(m: Machine) -> None:
     m.asm("popfd; cpuid", CODE, 32)
     m.prot32(CODE, 3)

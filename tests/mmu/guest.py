@@ -12,16 +12,19 @@ one above at PD.
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
-from collections.abc import Iterator, Mapping
-
-from pykvm import fake, trace
+from pykvm import device, trace
 from pykvm.abi import uapi
 from pykvm.client import Exit, Hlt, Io, Kvm, Mmio, Shutdown, Vcpu
-from pykvm.kvm.vcpu import Vcpu as KernelVcpu
-from pykvm.kvm.vm import Vm as KernelVm
-from pykvm.mmu.view import PageView
 from tests.guest.bare import assemble
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pykvm.kvm.vcpu import Vcpu as KernelVcpu
+    from pykvm.kvm.vm import Vm as KernelVm
+    from pykvm.mmu.view import PageView
 
 CODE, STACK = 0x10000, 0x9000
 ROOT, PDPT, PD_LOW, PD, PT = 0x20000, 0x21000, 0x22000, 0x23000, 0x24000
@@ -207,10 +210,10 @@ class PagingGuest:
     @property
     def kernel(self) -> KernelVm:
         """The VM as the module has it."""
-        return fake.vcpu_of(self.vcpu.fd).vm
+        return device.vcpu_of(self.vcpu.fd).vm
 
     def kernel_vcpu(self, vcpu: Vcpu | None = None) -> KernelVcpu:
-        return fake.vcpu_of((vcpu or self.vcpu).fd)
+        return device.vcpu_of((vcpu or self.vcpu).fd)
 
     def shadows(self, address: int) -> list[PageView]:
         """Return the shadow pages of the guest table at an address."""
