@@ -65,23 +65,31 @@ kvm_inj_virq = Tracepoint("kvm_inj_virq", "IRQ {vector:#x}")
 kvm_inj_exception = Tracepoint("kvm_inj_exception", "{vector} (error code {error_code:#x})")
 kvm_page_fault = Tracepoint("kvm_page_fault", "vcpu {vcpu} address {gpa:#018x} error_code {error_code:#x}")
 # arch/x86/kvm/mmu/mmutrace.h; `role` is shown as there by whoever calls.
-kvm_mmu_pagetable_walk = Tracepoint("kvm_mmu_pagetable_walk", "addr {addr:x} pferr {pferr:x}")
+kvm_mmu_pagetable_walk = Tracepoint("kvm_mmu_pagetable_walk", "addr {addr:x} pferr {pferr:x} {flags}")
 kvm_mmu_paging_element = Tracepoint("kvm_mmu_paging_element", "pte {pte:x} level {level}")
 kvm_mmu_set_accessed_bit = Tracepoint("kvm_mmu_set_accessed_bit", "gpa {gpa:x}")
 kvm_mmu_set_dirty_bit = Tracepoint("kvm_mmu_set_dirty_bit", "gpa {gpa:x}")
-kvm_mmu_walker_error = Tracepoint("kvm_mmu_walker_error", "pferr {pferr:x}")
-kvm_mmu_get_page = Tracepoint("kvm_mmu_get_page", "gfn {gfn:x} {role} {state}")
-kvm_mmu_sync_page = Tracepoint("kvm_mmu_sync_page", "gfn {gfn:x} {role} root {root_count}")
-kvm_mmu_unsync_page = Tracepoint("kvm_mmu_unsync_page", "gfn {gfn:x} {role} root {root_count}")
-kvm_mmu_prepare_zap_page = Tracepoint("kvm_mmu_prepare_zap_page", "gfn {gfn:x} {role} root {root_count}")
-kvm_mmu_zap_all_fast = Tracepoint("kvm_mmu_zap_all_fast", "mmu_valid_gen {gen} used pages {pages}")
-kvm_mmu_set_spte = Tracepoint("kvm_mmu_set_spte", "gfn {gfn:x} spte {spte:x} level {level} at {sptep:x}")
-kvm_mmu_spte_requested = Tracepoint("kvm_mmu_spte_requested", "gfn {gfn:x} hva {hva:x} level {level}")
+kvm_mmu_walker_error = Tracepoint("kvm_mmu_walker_error", "pferr {pferr:x} {flags}")
+_PAGE = "sp gen {gen} gfn {gfn:x} {role} root {root_count} {sync}"
+kvm_mmu_get_page = Tracepoint("kvm_mmu_get_page", _PAGE + " {state}")
+kvm_mmu_sync_page = Tracepoint("kvm_mmu_sync_page", _PAGE)
+kvm_mmu_unsync_page = Tracepoint("kvm_mmu_unsync_page", _PAGE)
+kvm_mmu_prepare_zap_page = Tracepoint("kvm_mmu_prepare_zap_page", _PAGE)
+kvm_mmu_zap_all_fast = Tracepoint("kvm_mmu_zap_all_fast", "kvm-mmu-valid-gen {gen} used_pages {pages:x}")
+kvm_mmu_set_spte = Tracepoint(
+    "kvm_mmu_set_spte", "gfn {gfn:x} spte {spte:x} ({rights}) level {level} at {sptep:x}"
+)
+# A pfn is that of a host virtual address here.
+kvm_mmu_spte_requested = Tracepoint("kvm_mmu_spte_requested", "gfn {gfn:x} pfn {pfn:x} level {level}")
 mark_mmio_spte = Tracepoint("mark_mmio_spte", "sptep:{sptep:x} gfn {gfn:x} access {access:x} gen {gen:x}")
 handle_mmio_page_fault = Tracepoint("handle_mmio_page_fault", "addr:{addr:x} gfn {gfn:x} access {access:x}")
-check_mmio_spte = Tracepoint("check_mmio_spte", "spte {spte:x} kvm_gen {gen:x} valid {valid}")
+check_mmio_spte = Tracepoint(
+    "check_mmio_spte", "spte {spte:x} kvm_gen {gen:x} spte-gen {spte_gen:x} valid {valid:d}"
+)
 fast_page_fault = Tracepoint(
-    "fast_page_fault", "vcpu {vcpu} gva {addr:x} old {old:#x} new {new:x} fixed {fixed}"
+    "fast_page_fault",
+    "vcpu {vcpu} gva {addr:x} error_code {flags} sptep {sptep:x} old {old:#x} new {new:x}"
+    " spurious {spurious:d} fixed {fixed:d}",
 )
 # The two the kernel does not have: how far the load of a root or a page fault has come, by the names of
 # mmu.c's functions; and every call with its answer, and why it was refused.

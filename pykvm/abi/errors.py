@@ -32,4 +32,7 @@ def errno_name(number: int | None) -> str:
     """Return the symbol of an errno value: ``EINVAL`` for 22."""
     if number is None:
         return "no errno"
+    # One number has two names, and the kernel's is this one.
+    if number == _errno.EOPNOTSUPP:
+        return "EOPNOTSUPP"
     return _errno.errorcode.get(number, f"errno {number} ({os.strerror(number)})")

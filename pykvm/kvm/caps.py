@@ -158,6 +158,8 @@ def vm_enable_cap(vm: Vm, request: CData) -> int:
     Errors:
         EINVAL  flags; a capability that does not exist or cannot be enabled on a VM; its arguments
         E2BIG   KVM_CAP_DIRTY_LOG_RING: larger than a ring can be
+        EPERM   KVM_CAP_VM_DISABLE_NX_HUGE_PAGES without CAP_SYS_BOOT
+        ENXIO   KVM_CAP_X86_APIC_BUS_CYCLES_NS: there is no local APIC in the kernel
     Source: api.rst 4.37 and 7; kvm_main.c kvm_vm_ioctl_enable_cap_generic, x86.c kvm_vm_ioctl_enable_cap
     """
     row = CAPS.get(request.cap)

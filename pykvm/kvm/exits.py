@@ -362,18 +362,19 @@ def handle_host_fault(vcpu: Vcpu) -> Outcome:
     ex = vcpu.cpu.exit
     if ex.idt_vectoring.info & _VALID:
         vcpu.events.requeue(vcpu)
-    hva = ex.hva
+    hva, before = ex.hva, vcpu.last_host_fault
+    vcpu.last_host_fault = here = (int(hva), int(vcpu.cpu.stats.insns))
     for slot in vcpu.vm.memslots[vcpu.as_id].ordered:
         offset = hva - slot.userspace_addr
         if 0 <= offset < slot.npages << 12:
             gpa = (slot.base_gfn << 12) + (offset & ~0xFFF)
-            here = (int(hva), int(vcpu.cpu.stats.insns))
-            if vcpu.last_host_fault == here:
+            if before == here:
                 memory_fault(vcpu, gpa, 0x1000, 0)
                 raise KvmError(EFAULT, f"host memory at {hva:#x} behind gpa {gpa:#x} is gone")
-            vcpu.last_host_fault = here
             vcpu.vm.mmu.host_fault(vcpu.as_id, slot, gpa >> 12)
             return RESUME
+    if before == here:
+        raise KvmError(EFAULT, f"host memory at {hva:#x} is gone, and there is no slot over it")
     # The slot went, too; the processor must not look there again.
     vcpu.cpu.flush_tlb()
     return RESUME

@@ -32,7 +32,7 @@ _EXIT_NONE = lib.EXIT_NONE
 _CR0, _CR3, _CR4, _CR8 = 0, 3, 4, 8
 _INVLPG, _INVPCID_ADDRESS, _INVPCID_SINGLE = 0, 1, 2  # what EXIT_INVLPG is of
 # An instruction that runs into more watched frames than this has its tables unprotected instead.
-_EMULATED_FRAMES = 8
+_EMULATED_FRAMES = lib.CPU_NR_EMULATE - 1
 # SDM vol. 3 4.4.1: what has the PDPTEs read again.
 _CR0_PDPTR_BITS = uapi.X86_CR0_CD | uapi.X86_CR0_NW | uapi.X86_CR0_PG
 _CR4_PDPTR_BITS = uapi.X86_CR4_PAE | uapi.X86_CR4_PGE | uapi.X86_CR4_PSE | uapi.X86_CR4_SMEP

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from pykvm import trace
 from pykvm.abi import CData, Gfn, Gpa, ffi, lib
 from pykvm.abi.errors import KvmError
+from pykvm.abi.uaccess import address_of
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, commit_zap
 from pykvm.mmu.slots import set_bits
 from pykvm.mmu.stat import VmStat
+from pykvm.mmu.walk import pferr_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -359,6 +361,29 @@ class Mmu(abc.ABC):
     def _step(self, vcpu: Vcpu, addr: int, step: str) -> None:
         if trace.mmu_step.enabled:
             trace.mmu_step(vcpu=vcpu.id, gfn=addr >> 12, step=step)
+
+    def _trace_fast(self, vcpu: Vcpu, addr: int, error: int, sptep: CData, old: int, *, fixed: bool) -> None:
+        trace.fast_page_fault(
+            vcpu=vcpu.id,
+            addr=addr,
+            flags=pferr_flags(error),
+            sptep=address_of(sptep),
+            old=old,
+            new=sptes.read(sptep),
+            spurious=False,
+            fixed=fixed,
+        )
+
+    def _trace_check(self, spte: int, slots: Memslots) -> None:
+        """Tell of an MMIO spte that an access has met: only one of another generation leads to a fault."""
+        if sptes.is_mmio(spte):
+            generation, mask = self.mmio_generation(slots), sptes.MMIO_GEN_MASK
+            trace.check_mmio_spte(
+                spte=spte,
+                gen=sptes.generation_of(generation),
+                spte_gen=sptes.generation_of(spte),
+                valid=spte & mask == generation,
+            )
 
     def _trace_mmio(self, sptep: int, gfn: int, access: int, slots: Memslots) -> None:
         if trace.mark_mmio_spte.enabled:

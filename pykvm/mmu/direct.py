@@ -16,7 +16,7 @@ from pykvm.mmu.base import MemoryFault, Mmu, RetPf, bitmap_words, host_access
 from pykvm.mmu.pages import Role, commit_zap
 from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.tdp import Tdp, has_tables
-from pykvm.mmu.walk import ACC_ALL
+from pykvm.mmu.walk import ACC_ALL, PF_W
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -107,6 +107,8 @@ class TdpMmu(Mmu):
         gfn = Gfn(addr >> 12)
         fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), slots, gfn, self.invalidate_seq)
         tdp = self.tdp_of(vcpu)
+        if trace.check_mmio_spte.enabled:
+            self._trace_met(tdp, gfn, slots)
         slot = slots.gfn_to_memslot(gfn)
         if slot is None or (fault.write and slot.readonly):
             return self._handle_abnormal_pfn(vcpu, tdp, fault, slot)
@@ -116,6 +118,12 @@ class TdpMmu(Mmu):
             vcpu, tdp, fault, slot
         )
 
+    def _trace_met(self, tdp: Tdp, gfn: int, slots: Memslots) -> None:
+        with self.lock:
+            page = tdp.last_table(gfn)
+            if page is not None:
+                self._trace_check(page.view[sptes.index(gfn, sptes.PG_LEVEL_4K)], slots)
+
     def _handle_abnormal_pfn(self, vcpu: Vcpu, tdp: Tdp, fault: PageFault, slot: Memslot | None) -> RetPf:
         """There is nothing to map for this access: no slot, or a READONLY one that is written."""
         if slot is not None:
@@ -124,6 +132,8 @@ class TdpMmu(Mmu):
             vcpu.stat.pf_emulate += 1
             return RetPf.EMULATE
         self._step(vcpu, fault.gpa, "handle_abnormal_pfn")
+        if trace.handle_mmio_page_fault.enabled:
+            trace.handle_mmio_page_fault(addr=fault.gpa, gfn=fault.gfn, access=ACC_ALL)
         gen = self.mmio_generation(fault.slots)
         with self.lock:
             if self.is_stale(fault.slots):
@@ -165,7 +175,7 @@ class TdpMmu(Mmu):
         self.mark_page_dirty_in_slot(slot, fault.gfn, vcpu)
         fixed = bool(lib.spte_cmpxchg(sptep, spte, spte | sptes.W))
         if trace.fast_page_fault.enabled:
-            trace.fast_page_fault(vcpu=vcpu.id, addr=fault.gpa, old=spte, new=spte | sptes.W, fixed=fixed)
+            self._trace_fast(vcpu, fault.gpa, PF_W, sptep, spte, fixed=fixed)
         if not fixed:
             return RetPf.RETRY
         vcpu.stat.pf_fast += 1
@@ -205,7 +215,7 @@ class TdpMmu(Mmu):
         base = fault.gfn & ~(sptes.pages_per(level) - 1)
         spte = sptes.make_spte(slot.hva(base), level, writable=writable, host_writable=host_writable)
         if trace.kvm_mmu_spte_requested.enabled:
-            trace.kvm_mmu_spte_requested(gfn=fault.gfn, hva=slot.hva(fault.gfn), level=level)
+            trace.kvm_mmu_spte_requested(gfn=fault.gfn, pfn=slot.hva(fault.gfn) >> 12, level=level)
         vcpu.stat.pf_fixed += 1
         return tdp.map(fault.gfn, level, spte | sptes.ROM * slot.readonly, self.cache(vcpu))
 

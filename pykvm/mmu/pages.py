@@ -60,12 +60,12 @@ class Role(NamedTuple):
         return self.level | sum(int(value) << shift for value, shift in bits)
 
     def __str__(self) -> str:
-        """Return it as the kernel's trace shows it: level, gpte size, quadrant, direct, access, ..."""
-        access = "".join(c if self.access & bit else "-" for c, bit in (("u", 4), ("w", 2), ("x", 1)))
+        """Return it as the kernel's trace shows it, and what else is not as usual."""
+        access = "".join(c if self.access & bit else "-" for c, bit in (("w", 2), ("u", 4), ("x", 1)))
         return (
             f"l{self.level} {4 if self.has_4_byte_gpte else 8}-byte q{self.quadrant}"
-            f"{' direct' * self.direct} {access}{' !' if not self.efer_nx else ' '}nx"
-            f"{' !' if not self.cr0_wp else ' '}wp{' smm' * self.smm}"
+            f"{' direct' * self.direct} {access} {'!' * (not self.efer_nx)}nxe ad"
+            f"{' !wp' * (not self.cr0_wp and not self.direct)}{' smm' * self.smm}"
         )
 
 
@@ -173,6 +173,27 @@ class MmuPage:
         lib.spt_free(self.spt)
         self.spt = ffi.NULL
 
+    def traced(self) -> dict[str, object]:
+        """Return what tracepoints tell of a page (KVM_MMU_PAGE_FIELDS)."""
+        return {
+            "gen": self.mmu_valid_gen,
+            "gfn": self.gfn,
+            "role": self.role,
+            "root_count": self.root_count,
+            "sync": "unsync" if self.unsync else "sync",
+        }
+
+    def trace_spte(self, index: int, gfn: int, spte: int) -> None:
+        """Tell that entry `index` has been set."""
+        rights = ((sptes.R, "r"), (sptes.W, "w"), (sptes.X, "x"), (sptes.U, "u"))
+        trace.kvm_mmu_set_spte(
+            gfn=gfn,
+            spte=spte,
+            rights="".join(letter if spte & bit else "-" for bit, letter in rights),
+            level=self.role.level,
+            sptep=self.spt_addr + 8 * index,
+        )
+
     def sptep(self, gfn: int) -> CData:
         """Return the entry that covers the frame (in a shadow page: the linear page)."""
         return self.spt + sptes.index(gfn, self.role.level)
@@ -278,7 +299,7 @@ class PageTable:
     def remove(self, page: MmuPage, *, pinned: bool = False) -> None:
         """Take a zapped page out of list and hash; it is freed unless a root still pins it."""
         if trace.kvm_mmu_prepare_zap_page.enabled:
-            trace.kvm_mmu_prepare_zap_page(gfn=page.gfn, role=page.role, root_count=page.root_count)
+            trace.kvm_mmu_prepare_zap_page(**page.traced())
         del self._by_spt[page.spt_addr]
         key = _hashfn(page.gfn)
         pages = self._hash[key]

@@ -250,6 +250,8 @@ class ShadowMmu(Mmu):
             # Here and not at the next entry: the instruction may be one that is being completed.
             self.load(vcpu)
             return RetPf.RETRY
+        if trace.check_mmio_spte.enabled:
+            self._trace_met(root, gla, slots)
         guest = GuestTables(self._vm, vcpu.as_id, slots)
         found = self._walk(root.paging, gla, want, guest)
         if isinstance(found, Fault):
@@ -348,11 +350,18 @@ class ShadowMmu(Mmu):
         self.mark_page_dirty_in_slot(slot, found.gfn, vcpu)
         fixed = bool(lib.spte_cmpxchg(page.spt + index, spte, spte | sptes.W))
         if trace.fast_page_fault.enabled:
-            trace.fast_page_fault(vcpu=vcpu.id, addr=gla, old=spte, new=spte | sptes.W, fixed=fixed)
+            error = walk.PF_W | walk.PF_U * want.user
+            self._trace_fast(vcpu, gla, error, page.spt + index, spte, fixed=fixed)
         if not fixed:
             return RetPf.RETRY
         vcpu.stat.pf_fast += 1
         return RetPf.FIXED
+
+    def _trace_met(self, root: Root, gla: int, slots: Memslots) -> None:
+        with self.lock:
+            page, index = self._lookup(root, gla)
+            if page is not None and not root.obsolete:
+                self._trace_check(page.view[index], slots)
 
     def _handle_abnormal_pfn(
         self, vcpu: Vcpu, root: Root, gla: int, found: Walk, guest: GuestTables, slot: Memslot | None
@@ -420,7 +429,7 @@ class ShadowMmu(Mmu):
         index = sptes.index(gla >> 12, level)
         gfn = Gfn(found.gfn & ~(sptes.pages_per(level) - 1))
         if trace.kvm_mmu_spte_requested.enabled:
-            trace.kvm_mmu_spte_requested(gfn=found.gfn, hva=slot.hva(found.gfn), level=level)
+            trace.kvm_mmu_spte_requested(gfn=found.gfn, pfn=slot.hva(found.gfn) >> 12, level=level)
         # While the slot logs, only a write may map a page writable: it is the write that is logged.
         writable = want.write or not slot.logging
         protected, changed, flush = self.tables.set_spte(

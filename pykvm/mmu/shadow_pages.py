@@ -95,7 +95,7 @@ class ShadowPages:
         else:
             state = "existing"
         if trace.kvm_mmu_get_page.enabled:
-            trace.kvm_mmu_get_page(gfn=gfn, role=role, state=state)
+            trace.kvm_mmu_get_page(**page.traced(), state=state)
         return page
 
     def _find_page(self, gfn: Gfn, role: Role) -> MmuPage | None:
@@ -213,7 +213,7 @@ class ShadowPages:
         lib.spte_xchg(page.spt + index, spte)
         page.set_translation(index, gfn, access)
         if trace.kvm_mmu_set_spte.enabled:
-            trace.kvm_mmu_set_spte(gfn=gfn, spte=spte, level=level, sptep=page.spt_addr + 8 * index)
+            page.trace_spte(index, gfn, spte)
         if not old & sptes.R:
             flush = self._rmap_add(as_id, level, gfn, page.spt_addr + 8 * index) or flush
         return True, flush
@@ -393,7 +393,7 @@ class ShadowPages:
 
     def _unsync_page(self, page: MmuPage) -> None:
         if trace.kvm_mmu_unsync_page.enabled:
-            trace.kvm_mmu_unsync_page(gfn=page.gfn, role=page.role, root_count=page.root_count)
+            trace.kvm_mmu_unsync_page(**page.traced())
         page.unsync = True
         self.stat.mmu_unsync += 1
         self._mark_parents(page)
@@ -462,7 +462,7 @@ class ShadowPages:
     def _sync_page(self, page: MmuPage) -> bool:
         """FNAME(sync_page): bring every entry in line with its gpte; True when rights went away."""
         if trace.kvm_mmu_sync_page.enabled:
-            trace.kvm_mmu_sync_page(gfn=page.gfn, role=page.role, root_count=page.root_count)
+            trace.kvm_mmu_sync_page(**page.traced())
         guest = GuestTables(self._vm, int(page.role.smm))
         flush = False
         for index, spte in enumerate(page.entries()):

@@ -52,6 +52,11 @@ def mmio_generation(generation: int) -> int:
     return (generation & _GEN_LOW_MASK) << 3 | (generation >> _GEN_LOW_BITS & _GEN_HIGH_MASK) << 52
 
 
+def generation_of(spte: int) -> int:
+    """Return the memslot generation in an MMIO spte, as many bits of it as fit."""
+    return spte >> 3 & _GEN_LOW_MASK | (spte >> 52 & _GEN_HIGH_MASK) << _GEN_LOW_BITS
+
+
 def make_mmio_spte(gfn: int, gen_bits: int, *, user: bool = False, writable: bool = False) -> Spte:
     """Return an entry that tells the processor: no memory here, as of this generation.
 

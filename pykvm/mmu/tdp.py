@@ -58,7 +58,7 @@ class Tdp:
             spte |= old & sptes.DIRTY if not (old ^ spte) & sptes.PFN_MASK else 0
         self._count(lib.spte_xchg(sptep, spte), spte, level)
         if trace.kvm_mmu_set_spte.enabled:
-            trace.kvm_mmu_set_spte(gfn=gfn, spte=spte, level=level, sptep=page.spt_addr + 8 * index)
+            page.trace_spte(index, gfn, spte)
         return flush
 
     def _count(self, old: int, new: int, level: int) -> None:

@@ -32,6 +32,12 @@ FRAME32 = 0xFFFF_F000
 PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
 
 
+def pferr_flags(code: int) -> str:
+    """Return an error code's bits by name, as tracepoints show them."""
+    names = ((PF_P, "P"), (PF_W, "W"), (PF_U, "U"), (PF_RSVD, "RSVD"), (PF_I, "F"))
+    return "|".join(name for bit, name in names if code & bit)
+
+
 class GuestMemory(Protocol):
     """What a walk needs of guest memory."""
 
@@ -269,7 +275,7 @@ def _fault(mode: Mode, want: Access, bits: int) -> Fault:
     # The I bit exists only where fetches can be forbidden.
     code |= PF_I * (want.fetch and (mode.format.nx or mode.smep))
     if trace.kvm_mmu_walker_error.enabled:
-        trace.kvm_mmu_walker_error(pferr=code)
+        trace.kvm_mmu_walker_error(pferr=code, flags=pferr_flags(code))
     return Fault(code)
 
 
@@ -282,7 +288,7 @@ def walk_addr(
     """
     if trace.kvm_mmu_pagetable_walk.enabled:
         error = PF_W * want.write | PF_U * want.user | PF_I * want.fetch
-        trace.kvm_mmu_pagetable_walk(addr=gla, pferr=error)
+        trace.kvm_mmu_pagetable_walk(addr=gla, pferr=error, flags=pferr_flags(error))
     while True:
         result = _walk_once(paging, gla, want, memory, mark)
         if result is not None:

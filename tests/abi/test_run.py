@@ -424,7 +424,7 @@ def test_memory_the_host_has_not_is_efault(machine: Machine) -> None:
     emulated(machine, "turns it into MMIO")
     region = new("kvm_userspace_memory_region")
     region.slot, region.guest_phys_addr, region.memory_size = 1, HOLE, 0x1000
-    region.userspace_addr = 0x1000_0000_0000 - 0x1000  # nothing is mapped there
+    region.userspace_addr = 0x2000_0000  # nothing is mapped there, and no sanitizer has its shadow there
     machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
     in_hole(machine, b"\xa0\x00\x00" + HLT)
     assert machine.go_errno() == EFAULT
@@ -448,7 +448,7 @@ def test_what_a_port_gave_survives_efault(machine: Machine) -> None:
     region.slot = 1
     machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
     region.guest_phys_addr, region.memory_size = 0x20000, 0x1000
-    region.userspace_addr = 0x1000_0000_0000 - 0x1000
+    region.userspace_addr = 0x2000_0000
     machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
     assert machine.go_errno() == EFAULT
     assert machine.regs.rcx == 2

@@ -156,7 +156,6 @@ def test_far_pointers_and_16_bit_slots(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.ac_align")
-@pytest.mark.tcg_differs("alignment is not checked: SDM vol. 3 6.15")
 def test_what_comes_first(m: Machine) -> None:
     """Page faults before, table 6-2; limits and canonical addresses before both."""
     start(m, "mov eax, [rbx]", rbx=0x1FFFFE)

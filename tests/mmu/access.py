@@ -31,6 +31,7 @@ from tests.mmu import reference
 from tests.mmu.reference import (
     ACCESSED,
     CR0_WP,
+    CR4_LA57,
     CR4_PAE,
     CR4_PSE,
     CR4_SMAP,
@@ -58,7 +59,13 @@ if TYPE_CHECKING:
 MEMORY = 8 << 20
 HEADER, IDT, GDT, TSS, STACK, USER_STACK = 0x1000, 0x2000, 0x3000, 0x3800, 0x9000, 0xA000
 CODE, USER_CODE = 0x10000, 0x18000
-ROOT, PDPT, PD_LOW, LOW_TABLES = 0x20000, 0x21000, 0x22000, 0x24000  # 32 bit: 3 tables from LOW_TABLES on
+ROOT, PDPT, PD_LOW, ROOT5, LOW_TABLES = (
+    0x20000,
+    0x21000,
+    0x22000,
+    0x23000,
+    0x24000,
+)  # 32 bit: 3 tables from LOW_TABLES on
 UPPER, MIDDLE = 0x2A000, 0x2B000  # tables on the way to the entries under test
 RECORDS, RECORDS_END = 0x100000, 0x200000
 USER = 0xC0_0000  # linear address of the CPL 3 alias of gpa 0
@@ -75,8 +82,8 @@ MAX_RECORDS = (RECORDS_END - RECORDS) // RECORD.size
 NO_FAULT = 0xFFFF_FFFF
 USER_MODE, WITH_AC, BY_CR3 = 0x100, 0x200, 0x400
 
-# (width, level of the upper entry): 64 is 4-level paging, 36 PAE, 32 two levels.
-GUESTS = ((64, 2), (64, 3), (64, 4), (36, 2), (32, 2))
+# (width, level of the upper entry): 64 is 4-level paging, with level 5 5-level; 36 PAE, 32 two levels.
+GUESTS = ((64, 2), (64, 3), (64, 4), (64, 5), (36, 2), (32, 2))
 KINDS = ("read", "write", "modify", "fetch", "implicit", "implicit_write")
 
 # Registers: rbp the record, rbx the linear address under test. Names with r are of the guest's width.
@@ -280,6 +287,7 @@ class AccessGuest:
         self.width, self.level = width, level
         self.wide = width == 64
         self.size = 4 if width == 32 else 8
+        self.root = ROOT5 if level == 5 else ROOT
         self._stack = contextlib.ExitStack()
         kvm = self._stack.enter_context(Kvm(tdp=tdp))
         self.vm = self._stack.enter_context(kvm.create_vm())
@@ -348,6 +356,7 @@ class AccessGuest:
         if self.width == 36:
             self.write(ROOT, PD_LOW | PRESENT)
         else:
+            self.write(ROOT5, ROOT | full | US)
             self.write(ROOT, PDPT | full | US)
             self.write(PDPT, PD_LOW | full | US)
 
@@ -377,14 +386,19 @@ class AccessGuest:
         if self.level == 3:
             self.la = (1 << 30) + 0x60_3000 + OFFSET
             self.upper_at, self.lower_at = PDPT + 8, (self.la >> 21 & 511) * 8
-        else:
+        elif self.level == 4:
             self.la = (1 << 39) + 0x60_3000 + OFFSET
             self.upper_at, self.lower_at = ROOT + 8, (self.la >> 30 & 511) * 8
+        else:
+            # The lower entry is one of a PML4; behind it 1 GiB that allows everything.
+            self.la = (1 << 48) + 0x60_3000 + OFFSET
+            self.upper_at, self.lower_at = ROOT5 + 8, (self.la >> 39 & 511) * 8
+            self.write(MIDDLE, full | US | DIRTY | PS)
 
     def _registers(self) -> None:
         with self.vcpu.sregs as sregs:
-            sregs.cr0, sregs.cr3 = 0x8001_0031, ROOT
-            sregs.cr4 = CR4_PSE if self.width == 32 else CR4_PAE
+            sregs.cr0, sregs.cr3 = 0x8001_0031, self.root
+            sregs.cr4 = CR4_PSE if self.width == 32 else CR4_PAE | CR4_LA57 * (self.level == 5)
             sregs.efer = 0x500 if self.wide else 0
             for name in ("cs", "ds", "es", "ss", "fs", "gs"):
                 segment = getattr(sregs, name)
@@ -445,9 +459,10 @@ class AccessGuest:
     def cpu(self, mode: Mode) -> Cpu:
         cr0 = 0x8000_0031 | CR0_WP * mode.wp
         cr4 = CR4_PAE * (self.width != 32) | CR4_PSE * mode.pse | CR4_SMEP * mode.smep | CR4_SMAP * mode.smap
+        cr4 |= CR4_LA57 * (self.level == 5)
         efer = (0x100 | EFER_LMA) * self.wide | EFER_NXE * mode.nxe
         pdptrs = (PD_LOW | 1, UPPER | 1, 0, 0) if self.width == 36 else ()
-        return Cpu(cr0, ROOT, cr4, efer, pdptrs, self.maxphyaddr)
+        return Cpu(cr0, self.root, cr4, efer, pdptrs, self.maxphyaddr)
 
     # ---- what must come of it ----
 
@@ -541,7 +556,7 @@ class Space:
         upper = [PRESENT, RW, US, ACCESSED, PS] + ([] if narrow else [XD])
         lower = [PRESENT, RW, US, ACCESSED, DIRTY, GLOBAL] + ([] if narrow else [XD])
         # What the lower entry maps: a small page, or a large one of the level.
-        self.frame = {2: SMALL, 3: 0x60_0000 | PS, 4: PS}[guest.level]
+        self.frame = {2: SMALL, 3: 0x60_0000 | PS, 4: PS, 5: MIDDLE}[guest.level]
         self.upper = [guest.large | bits for bits in _subsets(upper)] + self._reserved_upper()
         self.lower = [self.frame | bits for bits in _subsets(lower)] + self._reserved_lower()
         self.accesses = [
@@ -579,7 +594,7 @@ class Space:
         special = [PS, 0xE00, 0x18]
         if g.width != 32:
             special += [1 << 51, 1 << g.maxphyaddr, 1 << 52, 1 << 62, XD | 1 << 51, 0x7F << 52]
-        if g.level > 2:
+        if g.level in {3, 4}:
             special += [1 << 13, 1 << 20, 1 << 12]
         found = [self.frame | full | bits for bits in special]
         return found if g.level == 2 else [*found, self.frame & ~PS | full]
@@ -637,7 +652,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="cases of each guest; there are millions")
     parser.add_argument("--mode", choices=["tdp", "shadow"])
     parser.add_argument("--width", type=int, choices=[32, 36, 64])
-    parser.add_argument("--level", type=int, choices=[2, 3, 4], help="of the upper of the two entries")
+    parser.add_argument("--level", type=int, choices=[2, 3, 4, 5], help="of the upper of the two entries")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     for mode, (width, level) in itertools.product(("tdp", "shadow"), GUESTS):

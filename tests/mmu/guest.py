@@ -157,6 +157,13 @@ class PagingGuest:
                 setattr(state, name, value)
         return self.vcpu.run()
 
+    def end_of_code(self, source: str) -> int:
+        """Return where `run` of this source gets to when all of it is executed."""
+        if self.bits == 32:
+            for name in ("ax", "bx", "cx", "dx", "si", "di", "bp", "sp"):
+                source = source.replace(f"r{name}", f"e{name}")
+        return CODE + len(assemble(source, CODE, self.bits, ())[0])
+
     def finish(self, source: str, **regs: int) -> int:
         """Run to HLT without any exit before; return rax."""
         found = self.run(source, **regs)

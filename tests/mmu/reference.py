@@ -13,7 +13,7 @@ READ, WRITE, FETCH = "read", "write", "fetch"
 
 # SDM vol. 3 2.5, 4.1.3
 CR0_WP, CR0_PG = 1 << 16, 1 << 31
-CR4_PSE, CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 7, 1 << 20, 1 << 21
+CR4_PSE, CR4_PAE, CR4_PGE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 7, 1 << 12, 1 << 20, 1 << 21
 EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 
 # Table entries, SDM vol. 3 4.3 to 4.5
@@ -46,7 +46,9 @@ class Cpu:
             return "none"
         if not self.cr4 & CR4_PAE:
             return "32-bit"
-        return "4-level" if self.efer & EFER_LMA else "PAE"
+        if not self.efer & EFER_LMA:
+            return "PAE"
+        return "5-level" if self.cr4 & CR4_LA57 else "4-level"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,10 @@ def translate(cpu: Cpu, read: ReadEntry, la: int, access: Access) -> Result:
         return Translated(la & 0xFFFF_FFFF, {})
     entries: list[tuple[int, int]] = []  # gpa of the entry, its value
     size = 4 if cpu.mode == "32-bit" else 8
-    table, level = cpu.cr3 & ~0xFFF & bits(0, 51), {"32-bit": 2, "PAE": 2, "4-level": 4}[cpu.mode]
+    table, level = (
+        cpu.cr3 & ~0xFFF & bits(0, 51),
+        {"32-bit": 2, "PAE": 2, "4-level": 4, "5-level": 5}[cpu.mode],
+    )
     if cpu.mode == "32-bit":
         table &= 0xFFFF_F000
     if cpu.mode == "PAE":
@@ -149,7 +154,7 @@ def _reserved(cpu: Cpu, level: int, *, leaf: bool, entry: int) -> int:
         mask |= XD
     if cpu.mode == "PAE":
         mask |= bits(52, 62)
-    if level == 4:
+    if level >= 4:
         mask |= PS
     if level == 3 and entry & PS:
         mask |= bits(13, 29) if cpu.page1gb else PS

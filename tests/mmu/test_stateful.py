@@ -4,14 +4,22 @@ The model keeps, for each vCPU and page under test, every translation that its t
 vCPU last invalidated it: what a TLB may still hold.  An access must do what one of those, or the tables as
 they are, say; a page fault must be what the tables say now.  The auditor runs after every step.
 
-Longer: ``MMU_EXAMPLES=2000 MMU_STEPS=100 pytest tests/mmu/test_stateful.py``.
+`together` has several vCPUs access at the same time, in threads of their own, while another one edits an
+entry of the tables or the client changes slots or memory, reads the dirty log or shrinks: then both what was
+before and what is after may be seen, and nothing else.
+
+Longer: ``python -m tests.mmu.test_stateful --minutes 15``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import mmap
 import os
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -26,6 +34,7 @@ from hypothesis.stateful import (
 )
 
 from pykvm.abi import uapi
+from pykvm.kvm.memslots import invalidate_range_end, invalidate_range_start
 from tests.mmu import reference
 from tests.mmu.driver import (
     AREA,
@@ -56,6 +65,7 @@ NX = 1 << 63
 NR_TABLES, NR_FRAMES = 4, 12
 PTES = (0, 1, 2, 9)  # pages under test of each half: two in one window of prefetch, and one outside
 RET = 0xC3
+ANSWER = 0x5A5A5AC3
 KINDS = {"read": READ, "write": WRITE, "modify": WRITE, "fetch": FETCH}
 
 
@@ -84,12 +94,42 @@ class VcpuModel:
         self.cached.clear()
 
 
+@dataclasses.dataclass
+class Planned:
+    """One access of those at the same time: where it may lead, and which faults it may meet."""
+
+    n: int
+    la: int
+    kind: str
+    user: bool
+    value: int = 0
+    gpas: set[int] = dataclasses.field(default_factory=set)
+    faults: set[int] = dataclasses.field(default_factory=set)
+    found: list[Outcome] = dataclasses.field(default_factory=list)
+
+    @property
+    def access(self) -> Access:
+        return Access(KINDS[self.kind], user=self.user)
+
+
+@dataclasses.dataclass
+class Batch:
+    """What happens at the same time. `at`, `value`: the entry that is edited, or the frame that is changed."""
+
+    editor: str
+    at: int = 0
+    value: int = 0
+    accesses: list[Planned] = dataclasses.field(default_factory=list)
+    edited: Outcome | None = None
+    dirty: set[int] = dataclasses.field(default_factory=set)
+
+
 class MmuMachine(RuleBasedStateMachine):
     """See the module."""
 
     tdp = True
 
-    @initialize(width=st.sampled_from([64, 36, 32]), vcpus=st.sampled_from([1, 2]))
+    @initialize(width=st.sampled_from([64, 36, 32]), vcpus=st.sampled_from([1, 2, 3, 4]))
     def start(self, width: int, vcpus: int) -> None:
         self.driver = Driver(tdp=self.tdp, width=width, vcpus=vcpus)
         self.models = [VcpuModel() for _ in range(vcpus)]
@@ -199,7 +239,7 @@ class MmuMachine(RuleBasedStateMachine):
     # ---- accesses ----
 
     @rule(
-        n=st.integers(0, 1),
+        n=st.integers(0, 3),
         page=st.integers(0, 2 * len(PTES) - 1),
         kind=st.sampled_from(sorted(KINDS)),
         user=st.booleans(),
@@ -211,15 +251,15 @@ class MmuMachine(RuleBasedStateMachine):
         for _ in range(1 + again):
             self._access(n, la, kind, user)
 
-    @rule(n=st.integers(0, 1), kind=st.sampled_from(["read", "write"]), user=st.booleans())
+    @rule(n=st.integers(0, 3), kind=st.sampled_from(["read", "write"]), user=st.booleans())
     def access_all(self, n: int, kind: str, user: bool) -> None:
         n %= len(self.models)
         for la in self.pages():
             self._access(n, la + WORD, kind, user)
 
     @rule(
-        n=st.integers(0, 1),
-        m=st.integers(0, 1),
+        n=st.integers(0, 3),
+        m=st.integers(0, 3),
         page=st.integers(0, 2 * len(PTES) - 1),
         frame=st.integers(0, NR_FRAMES - 1),
         bits=st.sampled_from([0, P | W | U | A | D, P | U | A, P | W | U]),
@@ -248,8 +288,8 @@ class MmuMachine(RuleBasedStateMachine):
             self._access(n, la + WORD, kind, user)
 
     @rule(
-        n=st.integers(0, 1),
-        m=st.integers(0, 1),
+        n=st.integers(0, 3),
+        m=st.integers(0, 3),
         page=st.integers(0, 2 * len(PTES) - 1),
         table=st.integers(0, NR_TABLES),
         bits=st.sampled_from([0, P | W | U, P | U, P | W | U | A]),
@@ -402,7 +442,7 @@ class MmuMachine(RuleBasedStateMachine):
     )
 
     @rule(
-        n=st.integers(0, 1),
+        n=st.integers(0, 3),
         table=st.integers(0, NR_TABLES - 1),
         slot=st.sampled_from(PTES),
         frame=st.integers(0, NR_FRAMES + 1),
@@ -421,7 +461,7 @@ class MmuMachine(RuleBasedStateMachine):
         self.store(n, at, target | bits | NX * (nx and self.size == 8), how)
 
     @rule(
-        n=st.integers(0, 1),
+        n=st.integers(0, 3),
         root=st.integers(0, 1),
         half=st.integers(0, 1),
         table=st.integers(0, NR_TABLES + 1),
@@ -477,7 +517,7 @@ class MmuMachine(RuleBasedStateMachine):
         assert now == value, f"{how} of {value:#x} at {at:#x} left {now:#x}"
 
     @rule(
-        n=st.integers(0, 1),
+        n=st.integers(0, 3),
         table=st.integers(0, NR_TABLES - 1),
         at=st.sampled_from([3, 5, 6, 11]),
         size=st.sampled_from([1, 2, 4, 8, 16]),
@@ -500,7 +540,7 @@ class MmuMachine(RuleBasedStateMachine):
 
     # ---- registers ----
 
-    @rule(n=st.integers(0, 1), page=st.integers(0, 2 * len(PTES) - 1))
+    @rule(n=st.integers(0, 3), page=st.integers(0, 2 * len(PTES) - 1))
     def invlpg(self, n: int, page: int) -> None:
         n %= len(self.models)
         la = self.pages()[page]
@@ -509,7 +549,7 @@ class MmuMachine(RuleBasedStateMachine):
         self.models[n].cached.pop(la, None)
         self.remember()
 
-    @rule(n=st.integers(0, 1), root=st.integers(0, 1))
+    @rule(n=st.integers(0, 3), root=st.integers(0, 1))
     def write_cr3(self, n: int, root: int) -> None:
         n %= len(self.models)
         assert self.driver.do(self.driver.vcpus[n], "cr3", rax=self.driver.root(root)).kind == "ok"
@@ -518,7 +558,7 @@ class MmuMachine(RuleBasedStateMachine):
         self.remember()
 
     @rule(
-        n=st.integers(0, 1),
+        n=st.integers(0, 3),
         which=st.sampled_from(["cr0", "cr4", "efer"]),
         one=st.booleans(),
         two=st.booleans(),
@@ -586,23 +626,251 @@ class MmuMachine(RuleBasedStateMachine):
 
     @rule(
         frame=st.integers(0, NR_FRAMES - 1),
-        what=st.sampled_from(["dontneed", "remap", "none", "read", "whole"]),
+        what=st.sampled_from(["dontneed", "remap", "none", "read", "whole", "unmap"]),
+        told=st.booleans(),
     )
-    def change_host_memory(self, frame: int, what: str) -> None:
+    def change_host_memory(self, frame: int, what: str, told: bool) -> None:
+        """told: as under `pykvm exec`, where the MMU notifier is called."""
         gpa = FRAMES + frame * 0x1000
         at, memory = gpa - AREA, self.driver.area
-        self.lost.pop(gpa, None)
-        memory.protect(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
-        if what == "dontneed":
-            memory.dontneed(at, 0x1000)
-        elif what == "remap":
-            memory.remap(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
-        if what in {"dontneed", "remap"}:
-            assert self.driver.peek(gpa + WORD, 4) == 0
-        self.refill(gpa)
-        if what in {"none", "read"}:
-            memory.protect(at, 0x1000, mmap.PROT_READ if what == "read" else 0)
-            self.lost[gpa] = what
+        before = self.lost.pop(gpa, None)
+        with self.notifier(gpa) if told else contextlib.nullcontext():
+            if before == "gone":
+                memory.remap(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
+            memory.protect(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
+            if what == "dontneed":
+                memory.dontneed(at, 0x1000)
+            elif what == "remap":
+                memory.remap(at, 0x1000, mmap.PROT_READ | mmap.PROT_WRITE)
+            if what in {"dontneed", "remap"}:
+                assert self.driver.peek(gpa + WORD, 4) == 0
+            self.refill(gpa)
+            if what in {"none", "read"}:
+                memory.protect(at, 0x1000, mmap.PROT_READ if what == "read" else 0)
+                self.lost[gpa] = what
+            elif what == "unmap":
+                memory.unmap(at, 0x1000)
+                self.lost[gpa] = "gone"
+
+    @contextlib.contextmanager
+    def notifier(self, gpa: int) -> Iterator[None]:
+        """Do what the preload library does around a system call that changes the memory behind a frame."""
+        vm, hva = self.driver.vm.mmu._vm, self.driver.area.hva + (gpa - AREA)
+        invalidate_range_start(vm, hva, hva + 0x1000)
+        yield
+        invalidate_range_end(vm, hva, hva + 0x1000)
+
+    # ---- at the same time
+
+    @precondition(lambda self: self.has_area and len(self.models) > 1)
+    @rule(
+        accesses=st.lists(
+            st.tuples(
+                st.integers(0, 2 * len(PTES) - 1), st.sampled_from(["read", "write", "fetch"]), st.booleans()
+            ),
+            min_size=3,
+            max_size=3,
+        ),
+        editor=st.sampled_from(["none", "pte", "pde", "dirty", "shrink", "remap", "dontneed", "slot", "logging"]),
+        number=st.integers(0, 63),
+        bits=pte_bits,
+    )
+    def together(
+        self, accesses: list[tuple[int, str, bool]], editor: str, number: int, bits: int
+    ) -> None:
+        """Several vCPUs access, the last one or the client changes something, all at the same time."""
+        batch = Batch(editor)
+        editing = editor in {"pte", "pde"}
+        for n, (page, kind, user) in zip(range(len(self.models) - editing), accesses, strict=False):
+            batch.accesses.append(Planned(n, self.pages()[page] + WORD, kind, user))
+        if not batch.accesses or not self.plan_edit(batch, number, bits):
+            return
+        self.plan(batch)
+        if editing:
+            # As it will be: the model looks at memory, no processor does just now.
+            old = self.driver.peek(batch.at, self.size)
+            self.driver.poke(batch.at, batch.value, self.size)
+            self.plan(batch)
+            self.driver.poke(batch.at, old, self.size)
+        if editor == "slot":
+            for each in batch.accesses:
+                each.faults.add(reference._code(self.registers(each.n), each.access, present=False, reserved=False))
+        batch.accesses = [each for each in batch.accesses if self.may_race(each, batch)]
+        before = self.snapshot()
+        words = {gpa: self.driver.peek(gpa, 4) for each in batch.accesses for gpa in each.gpas
+                 if self.memory_at(gpa) == "ram" and self.can(gpa, "read")}  # fmt: skip
+        for each in batch.accesses:
+            self.counter += 1
+            each.value = self.counter << 8 | RET
+        self.race(batch)
+        self.remember()
+        self.check_race(batch, before, words)
+
+    def plan_edit(self, batch: Batch, number: int, bits: int) -> bool:
+        """Choose what is changed; False: nothing can be."""
+        size = self.size
+        if batch.editor == "pte":
+            table, slot = number % NR_TABLES, PTES[number // NR_TABLES % len(PTES)]
+            batch.at = TABLES + table * 0x1000 + slot * size
+            batch.value = FRAMES + number % NR_FRAMES * 0x1000 | bits
+        elif batch.editor == "pde":
+            batch.at = self.driver.pde(number & 1, number >> 1 & 1)
+            table = number >> 2 & 7
+            target = LARGE | PS if table > NR_TABLES else TABLES + table % NR_TABLES * 0x1000
+            batch.value = target | bits & (P | W | U | A) | P
+        elif batch.editor in {"remap", "dontneed"}:
+            batch.at = FRAMES + number % NR_FRAMES * 0x1000
+            return batch.at not in self.lost
+        elif batch.editor == "slot":
+            return self.size == 8  # 32-bit guests have their kernel's mapping there
+        elif batch.editor == "dirty":
+            return self.logging
+        elif batch.editor == "logging":
+            return not self.logging
+        if batch.at and size == 8 and not self.driver.wide:
+            # PAE: one instruction writes half an entry, the other half stays.
+            batch.value |= self.driver.peek(batch.at, 8) >> 32 << 32
+        return True
+
+    def plan(self, batch: Batch) -> None:
+        """Add what the accesses may do as the tables are now."""
+        for each in batch.accesses:
+            current = reference.translate(self.registers(each.n), self.reader(), each.la, each.access)
+            each.gpas |= self.possible(each.n, each.la, each.access, current)
+            if isinstance(current, PageFault):
+                each.faults.add(current.error_code)
+
+    def may_race(self, each: Planned, batch: Batch) -> bool:
+        """Whether the guest survives the access, and no other one depends on what it writes."""
+        if not all(self.is_harmless(gpa, each.kind) for gpa in each.gpas):
+            return False
+        if each.kind == "write" and any(AREA <= gpa < FRAMES for gpa in each.gpas):
+            return False
+        if each.kind == "fetch":
+            return batch.editor != "slot" and not any(gpa & ~0xFFF == batch.at for gpa in each.gpas)
+        return True
+
+    def race(self, batch: Batch) -> None:
+        """Do it all, each in a thread of its own, as often as that finds something to overlap."""
+        driver, errors = self.driver, list[BaseException]()
+        barrier = threading.Barrier(len(batch.accesses) + 1)
+
+        def access(each: Planned) -> None:
+            barrier.wait(20)
+            for _ in range(3):
+                each.found.append(
+                    driver.do(
+                        driver.vcpus[each.n], each.kind, user=each.user, rbx=each.la, rax=each.value, answer=ANSWER
+                    )
+                )  # fmt: skip
+
+        def edit() -> None:
+            barrier.wait(20)
+            self.edit_now(batch)
+
+        def guarded(func: Callable[[], None]) -> None:
+            try:
+                func()
+            except BaseException as error:
+                errors.append(error)
+
+        works = [edit, *(functools.partial(access, each) for each in batch.accesses)]
+        threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive(), f"{batch} hangs"
+        if errors:
+            raise errors[0]
+
+    def edit_now(self, batch: Batch) -> None:
+        driver, area, rights = self.driver, self.driver.area, mmap.PROT_READ | mmap.PROT_WRITE
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES * self.logging
+        if batch.editor in {"pte", "pde"}:
+            wide = 8 if driver.wide else 4
+            value = batch.value & (1 << 8 * wide) - 1
+            batch.edited = driver.do(driver.vcpus[-1], f"store{wide}", rdi=batch.at, rax=value)
+        elif batch.editor == "dirty":
+            batch.dirty = driver.dirty_log(1, AREA_PAGES)
+        elif batch.editor == "shrink":
+            driver.vm.mmu.shrink(20)
+        elif batch.editor == "remap":
+            with self.notifier(batch.at):
+                area.remap(batch.at - AREA, 0x1000, rights)
+        elif batch.editor == "dontneed":
+            area.dontneed(batch.at - AREA, 0x1000)
+        elif batch.editor == "slot":
+            driver.set_slot(1, AREA, 0, area)
+            driver.set_slot(1, AREA, AREA_PAGES, area, flags)
+        elif batch.editor == "logging":
+            driver.set_slot(1, AREA, AREA_PAGES, area, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+            driver.dirty_log(1, AREA_PAGES)
+
+    def check_race(self, batch: Batch, before: dict[int, int], words: dict[int, int]) -> None:
+        writes = [each for each in batch.accesses if each.kind == "write"]
+        for each in batch.accesses:
+            for found in each.found:
+                self.check_raced(batch, each, found, words, writes)
+        touched = {gpa for each in writes for gpa in each.gpas}
+        edited = set(range(batch.at, batch.at + self.size)) if batch.edited is not None else set()
+        if batch.edited is not None:
+            now = self.driver.peek(batch.at, self.size)
+            assert batch.edited.kind == "ok"
+            assert now & ~(A | D) == batch.value & ~(A | D), f"{batch}: entry is {now:#x}"
+            self.written(batch.at, self.size)
+        self.check_tables(before, touched | edited, str(batch))
+        for each in writes:
+            hit = [gpa for gpa in words if gpa in each.gpas and self.driver.peek(gpa, 4) == each.value]
+            self.maybe_dirty |= {gpa - AREA >> 12 for gpa in each.gpas if AREA <= gpa < AREA + AREA_PAGES * 0x1000}
+            for gpa in hit:
+                self.written(gpa, 4)
+        if batch.editor in {"remap", "dontneed"}:
+            self.refill(batch.at)
+        elif batch.editor == "slot" and self.logging:
+            # What was dirty went with the slot; what is now may be of before or after.
+            self.driver.dirty_log(1, AREA_PAGES)
+            self.dirty.clear()
+        elif batch.editor == "logging":
+            self.driver.dirty_log(1, AREA_PAGES)
+            self.driver.set_slot(1, AREA, AREA_PAGES, self.driver.area)
+            self.dirty.clear()
+        elif batch.editor == "dirty":
+            # In this reading of the log or in the next one.
+            found_dirty = batch.dirty | self.driver.dirty_log(1, AREA_PAGES)
+            lost, invented = self.dirty - found_dirty, found_dirty - self.dirty - self.maybe_dirty
+            assert not lost, f"{batch}: lost {sorted(lost)}"
+            assert not invented, f"{batch}: invented {sorted(invented)}"
+            self.dirty.clear()
+            self.maybe_dirty.clear()
+
+    def check_raced(
+        self, batch: Batch, each: Planned, found: Outcome, words: dict[int, int], writes: list[Planned]
+    ) -> None:
+        message = f"{batch}: {each}: {found}"
+        if found.kind == "fault":
+            assert (found.error in each.faults, found.address) == (True, each.la), message
+            return
+        if found.kind == "efault":
+            assert any(found.address == gpa & ~0xFFF and not self.can(gpa, each.kind) for gpa in each.gpas), message
+            return
+        if found.kind == "mmio":
+            gone = batch.editor == "slot" and AREA <= found.address < AREA + AREA_PAGES * 0x1000
+            assert found.address in each.gpas, message
+            assert gone or self.memory_at(found.address) == "mmio", message
+            return
+        assert words.keys() & each.gpas, message
+        if each.kind == "read":
+            may = {words[gpa] for gpa in each.gpas if gpa in words}
+            may |= {write.value for write in writes if write.gpas & each.gpas}
+            if any(gpa & ~0xFFF == batch.at for gpa in each.gpas):
+                may.add(0)
+            assert found.value in may, message
+        elif each.kind == "write":
+            now = {self.driver.peek(gpa, 4) for gpa in each.gpas if gpa in words}
+            others = {write.value for write in writes if write.gpas & each.gpas}
+            gone = any(gpa & ~0xFFF == batch.at for gpa in each.gpas)
+            assert gone or now & others, message
 
     @rule(count=st.integers(1, 40))
     def shrink(self, count: int) -> None:
@@ -638,3 +906,35 @@ def test_interleavings(machine: type[MmuMachine]) -> None:
             phases=[Phase.reuse, Phase.generate, *([Phase.shrink] if SHRINK else [])],
         ),
     )
+
+
+def main() -> None:
+    """Run both machines in turn, each time with other examples, for so many minutes."""
+    import argparse
+    import time
+
+    parser = argparse.ArgumentParser(prog="python -m tests.mmu.test_stateful", description=main.__doc__)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--examples", type=int, default=25, help="in each turn")
+    options = parser.parse_args()
+    end, turns = time.monotonic() + 60 * options.minutes, 0
+    while time.monotonic() < end:
+        for machine in (TdpMachine, ShadowMachine):
+            run_state_machine_as_test(
+                machine,
+                settings=settings(
+                    max_examples=options.examples,
+                    stateful_step_count=options.steps,
+                    deadline=None,
+                    database=None,
+                    suppress_health_check=list(HealthCheck),
+                    phases=[Phase.generate, Phase.shrink],
+                ),
+            )
+        turns += 1
+        print(f"{turns * 2 * options.examples} examples of {options.steps} steps: all well", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ def events(lines: list[str]) -> Iterator[None]:
     def listener(name: str, fields: Mapping[str, object]) -> None:
         shown = dict(fields)
         for field, keep in (("spte", ~sptes.PFN_MASK), ("old", ~sptes.PFN_MASK), ("new", ~sptes.PFN_MASK),
-                            ("sptep", 0xFFF), ("hva", 0)):  # fmt: skip
+                            ("sptep", 0xFFF), ("pfn", 0)):  # fmt: skip
             if field in shown:
                 shown[field] = int(str(shown[field])) & keep
         lines.append(f"{name}: {trace.TRACEPOINTS[name].format.format(**shown)}")
