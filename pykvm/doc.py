@@ -6,14 +6,18 @@ import re
 from typing import TYPE_CHECKING
 
 from pykvm import kvm as _kvm  # noqa: F401  fills the registry
-from pykvm.abi import ffi, lib
+from pykvm.abi import exit_reasons, ffi, lib
 from pykvm.abi.ioctl import Ioctl, rows
-from pykvm.kvm import profile
+from pykvm.kvm import absent, profile
+from pykvm.kvm.caps import CAPS, Cap, check_extension
+from pykvm.kvm.system import System
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-HEAD = ("ioctl", "number", "fd", "argument", "capability", "errors", "status")
+HEAD = ("ioctl", "number", "fd", "argument", "capability", "errors", "status", "source")
+CAP_HEAD = ("capability", "number", "answer", "KVM_ENABLE_CAP on", "kernels", "status")
+EXIT_HEAD = ("exit reason", "number", "kvm_run", "status")
 INSN_HEAD = ("opcode", "name", "operands", "notes")
 _MAPS = {"0f", "0f38", "0f3a"}
 _SELECTORS = re.compile(r"/\d|66|64|f2|f3|np|mem|reg|rm\d|[WLB][01]|code\d+")
@@ -36,12 +40,59 @@ def cells(row: Ioctl) -> tuple[str, ...]:
         row.cap or "",
         errors,
         status,
+        row.source,
     )
 
 
 def ioctl_rows() -> list[tuple[str, ...]]:
     """Return the table of all requests that x86 has, by descriptor and number."""
     return [cells(row) for row in rows()]
+
+
+def cap_rows() -> list[tuple[str, ...]]:
+    """Return the table of all capabilities, by number: what the default personality answers, or why not."""
+    system = System()
+    return [_cap_cells(row, check_extension(system, row.number)) for row in CAPS.values()]
+
+
+def _cap_cells(row: Cap, answer: int) -> tuple[str, ...]:
+    enabled = (("VM", row.enable_vm), ("vCPU", row.enable_vcpu))
+    value = "the host's processors" if row.name == "KVM_CAP_NR_VCPUS" else str(answer)
+    why = absent.why_no_capability(row.name)
+    status = f"no: {why}" if why else "yes"
+    on = ", ".join(where for where, enable in enabled if enable)
+    return row.name, str(row.number), value, on, _kernels_with(row.name) if not why else "", status
+
+
+def _kernels_with(name: str) -> str:
+    """Return since which of the kernels that there are profiles of a capability is there."""
+    kernels = [profile.kernel(each) for each in profile.kernels()]
+    has = [each.capabilities is None or name in each.capabilities for each in kernels]
+    if all(has):
+        return "all"
+    since = max(at for at, there in enumerate(has) if not there) + 1
+    earlier = [each.name for each, there in zip(kernels[:since], has, strict=False) if there]
+    return ", ".join([*earlier, f"{kernels[since].name} on"])
+
+
+def exit_rows() -> list[tuple[str, ...]]:
+    """Return the table of the reasons for which KVM_RUN returns, by number."""
+    members = {name.upper() for name, _ in ffi.typeof("struct kvm_run").fields or ()}
+    found: list[tuple[str, ...]] = []
+    for name, number in exit_reasons().items():
+        why, short = absent.why_no_exit(name), name.removeprefix("KVM_EXIT_")
+        member = short if short in members else _EXIT_MEMBERS.get(short, "")
+        found.append((name, str(number), "" if why else member.lower(), f"no: {why}" if why else "yes"))
+    return found
+
+
+# Members of struct kvm_run that are not named like the reason.
+_EXIT_MEMBERS = {
+    "UNKNOWN": "hw",
+    "INTERNAL_ERROR": "internal",
+    "X86_RDMSR": "msr",
+    "X86_WRMSR": "msr",
+}
 
 
 def insn_rows() -> list[tuple[str, ...]]:
@@ -121,7 +172,7 @@ def ioctls_markdown() -> str:
 
 def ioctls_text() -> str:
     """Return the table of ioctls for a terminal."""
-    return text((name, number, fd, status) for name, number, fd, *_, status in ioctl_rows())
+    return text((name, number, fd, status) for name, number, fd, *_, status, _ in ioctl_rows())
 
 
 def insns_markdown() -> str:

@@ -21,6 +21,8 @@ def parts() -> dict[tuple[str, str], Callable[[], str]]:
     walks = ("tdp", *walkthrough.SHOWN)
     return {
         ("docs/ioctls.md", "ioctls"): lambda: doc.markdown(doc.ioctl_rows(), doc.HEAD),
+        ("docs/capabilities.md", "capabilities"): lambda: doc.markdown(doc.cap_rows(), doc.CAP_HEAD),
+        ("docs/exits.md", "exits"): lambda: doc.markdown(doc.exit_rows(), doc.EXIT_HEAD),
         ("docs/insns.md", "insns"): lambda: doc.markdown(doc.insn_rows(), doc.INSN_HEAD),
         ("docs/profiles.md", "profiles"): doc.profiles,
         ("README.md", "status"): doc.summary,

@@ -14,19 +14,20 @@
 #include <unistd.h>
 
 /* The system call checks and reads or writes in one step: a probe before a plain memcpy() would race
- * with another thread's munmap(). */
+ * with another thread's munmap().  Of this thread, here and in /proc: the process's first one, by whose
+ * number a process is named, may have ended, and then has neither memory nor descriptors. */
 int user_read(void *to, uint64_t from, uint64_t size)
 {
     struct iovec local = {to, size}, remote = {(void *)(uintptr_t)from, size};
 
-    return process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == (ssize_t)size ? 0 : -1;
+    return process_vm_readv(gettid(), &local, 1, &remote, 1, 0) == (ssize_t)size ? 0 : -1;
 }
 
 int user_write(uint64_t to, const void *from, uint64_t size)
 {
     struct iovec local = {(void *)(uintptr_t)from, size}, remote = {(void *)(uintptr_t)to, size};
 
-    return process_vm_writev(getpid(), &local, 1, &remote, 1, 0) == (ssize_t)size ? 0 : -1;
+    return process_vm_writev(gettid(), &local, 1, &remote, 1, 0) == (ssize_t)size ? 0 : -1;
 }
 
 /* Every memfd lives on one internal tmpfs; inode numbers are unique only there. */
@@ -79,7 +80,7 @@ int file_queue(void)
  * 6.14 those made by memfd_create() send no inotify events. */
 static int reopen(struct memory_file *file, uint64_t size, int cloexec, int readonly)
 {
-    char path[32];
+    char path[40];
     int again;
 
     if (size) {
@@ -87,7 +88,7 @@ static int reopen(struct memory_file *file, uint64_t size, int cloexec, int read
         if (file->memory == MAP_FAILED)
             return -1;
     }
-    snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
+    snprintf(path, sizeof path, "/proc/thread-self/fd/%d", file->fd);
     again = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC);
     if (again < 0 || dup3(again, file->fd, cloexec ? O_CLOEXEC : 0) < 0)
         return -1;
@@ -98,7 +99,7 @@ static int reopen(struct memory_file *file, uint64_t size, int cloexec, int read
  * from here on. */
 static int set_up(struct memory_file *file, uint64_t size, int cloexec, int readonly, int queue)
 {
-    char path[32];
+    char path[40];
     struct stat st;
 
     if (ftruncate(file->fd, (off_t)size) < 0 || fstat(file->fd, &st) < 0)
@@ -109,7 +110,7 @@ static int set_up(struct memory_file *file, uint64_t size, int cloexec, int read
     file->inode = st.st_ino;
     if (reopen(file, size, cloexec, readonly) < 0)
         return -1;
-    snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
+    snprintf(path, sizeof path, "/proc/thread-self/fd/%d", file->fd);
     file->watch = inotify_add_watch(queue, path, IN_CLOSE_WRITE | IN_CLOSE_NOWRITE);
     return file->watch < 0 ? -1 : 0;
 }
@@ -140,9 +141,9 @@ void file_unmap(void *memory, uint64_t size) { munmap(memory, size); }
 static int is_queue(int fd)
 {
     static const char kind[] = "anon_inode:inotify";
-    char path[32], target[sizeof kind];
+    char path[40], target[sizeof kind];
 
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    snprintf(path, sizeof path, "/proc/thread-self/fd/%d", fd);
     return readlink(path, target, sizeof target) == sizeof kind - 1 &&
            !memcmp(target, kind, sizeof kind - 1);
 }

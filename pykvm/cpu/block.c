@@ -269,10 +269,12 @@ struct builder {
     struct insn insn[BLOCK_MAX + 1];
 };
 
+struct block no_block;
+
 int x_end(struct cpu *cpu, const struct insn *i)
 {
-    set_rip(cpu, insn_rip(cpu, i));
-    return LINK0;
+    (void)i;
+    return block_leave(cpu, LINK0, block_end(cpu));
 }
 
 static unsigned min_size(u64 a, u64 b) { return (unsigned)(a < b ? a : b); }
@@ -371,6 +373,8 @@ static bool builder_run(struct builder *w, u64 rip)
     }
     if (w->hva2 && w->hva + w->len <= (w->hva | ~PAGE_MASK) + 1)
         w->hva2 = 0;
+    if (w->count >= 2 && w->insn[w->count - 1].op)
+        fuse(&w->insn[w->count - 2]);
     w->insn[w->count] =
         (struct insn){.fn = x_end, .off = (u16)w->len, .base = GPR_ZERO, .index = GPR_ZERO};
     return true;
@@ -393,7 +397,8 @@ static struct block *builder_finish(const struct builder *w)
                         .n = (u16)w->count,
                         .len = (u16)w->len,
                         .bytes = (u8 *)b->insn + insns,
-                        .repeats = is_rep(&w->insn[w->count - 1])};
+                        .repeats = is_rep(&w->insn[w->count - 1]),
+                        .link = {&no_block, &no_block}};
     memcpy(b->insn, w->insn, insns);
     memcpy((u8 *)b->insn + insns, w->bytes, w->len);
     w->cpu->vmcs.stats.blocks_built++;

@@ -45,6 +45,63 @@ static inline struct block *block_peek(struct cpu *cpu)
     return b;
 }
 
+#ifdef __SANITIZE_ADDRESS__ /* no tail calls: the stack would grow with every block */
+#define BLOCKS_CHAIN false
+#else
+#define BLOCKS_CHAIN true
+#endif
+
+/* What a block without a successor is linked to: never usable. */
+extern struct block no_block;
+
+/* rip behind the current block. */
+static inline u64 block_end(const struct cpu *cpu)
+{
+    return (GPR(cpu, GPR_RIP) + cpu->block->len) & cpu->ip_mask;
+}
+
+/* May the loop be left out, because there is nothing to look at between this block and the next? */
+static inline bool block_may_chain(const struct cpu *cpu)
+{
+    return BLOCKS_CHAIN && likely(cpu->budget > cpu->block->n &&
+                                  !atomic_load_explicit(&cpu->request, memory_order_relaxed));
+}
+
+/* Retires the block and runs the next. */
+static inline int block_chain(struct cpu *cpu, struct block *next, u64 rip)
+{
+    cpu->budget -= cpu->block->n;
+    cpu->block = next;
+    GPR(cpu, GPR_RIP) = rip;
+    return next->insn->fn(cpu, next->insn);
+}
+
+/* The end of a direct branch: into the successor that is linked, or by the loop. */
+static inline int block_leave(struct cpu *cpu, int way, u64 rip)
+{
+    struct block *next = cpu->block->link[way];
+
+    if (likely(next->epoch == cpu->epoch) && block_may_chain(cpu))
+        return block_chain(cpu, next, rip);
+    set_rip(cpu, rip);
+    return way;
+}
+
+/* The end of an indirect branch, which has changed nothing but registers and memory. */
+static inline int block_leave_to(struct cpu *cpu, u64 rip)
+{
+    struct block *next;
+
+    set_rip(cpu, rip);
+    next = block_peek(cpu);
+    if (likely(next) && !cpu->step && block_may_chain(cpu))
+        return block_chain(cpu, next, rip);
+    return LOOKUP;
+}
+
+/* fuse.c: if the handler of i and the branch behind it can be one, i gets that. */
+void fuse(struct insn *i);
+
 /* Whether `from` may go to `to` without a lookup: in the page, and never by a truncated IP. */
 bool block_can_link(const struct block *from, const struct block *to);
 

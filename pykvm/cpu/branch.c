@@ -6,32 +6,11 @@
  * does), and 16 or 32 elsewhere: so the size of a handler says whether a target must be
  * canonical or within the limit of CS.
  */
+#include "branch.h"
 #include "stack.h"
 
-static SLOW int branch_fault(struct cpu *cpu, const struct insn *i) { return fault_gp(cpu, i, 0); }
-
-static ALWAYS_INLINE bool target_valid(const struct cpu *cpu, unsigned bits, u64 target)
-{
-    if (bits != 64)
-        return target <= SEG(cpu, CPU_SEG_CS).limit;
-    return likely((u64)((s64)(target << 16) >> 16) == target) || is_canonical(cpu, target);
-}
-
-static ALWAYS_INLINE u64 relative_target(const struct cpu *cpu, const struct insn *i, unsigned bits)
-{
-    u64 target = next_rip(cpu, i) + i->imm;
-    return bits == 64 ? target : bits == 32 ? (u32)target : (u16)target;
-}
-
 #define JMP_BITS(bits, op)                                                                         \
-    HANDLER(op##_ri##bits)                                                                         \
-    {                                                                                              \
-        const u64 target = relative_target(cpu, i, bits);                                          \
-        if (unlikely(!target_valid(cpu, bits, target)))                                            \
-            return branch_fault(cpu, i);                                                           \
-        set_rip(cpu, target);                                                                      \
-        return LINK1;                                                                              \
-    }
+    HANDLER(op##_ri##bits) { return branch_if(cpu, i, bits, true); }
 FOR_16_UP(JMP_BITS, jmp)
 const struct body b_jmp = {{[K_RI] = FROM_16(jmp_ri)}};
 
@@ -39,13 +18,7 @@ const struct body b_jmp = {{[K_RI] = FROM_16(jmp_ri)}};
 enum { CONDITIONS(CONDITION_CODE) };
 
 #define JCC_BITS(bits, cc)                                                                         \
-    HANDLER(j##cc##_ri##bits)                                                                      \
-    {                                                                                              \
-        if (condition(cpu, CC_##cc))                                                               \
-            return jmp_ri##bits(cpu, i);                                                           \
-        set_rip(cpu, next_rip(cpu, i));                                                            \
-        return LINK0;                                                                              \
-    }
+    HANDLER(j##cc##_ri##bits) { return branch_if(cpu, i, bits, condition(cpu, CC_##cc)); }
 #define INSN_JCC(cc)                                                                               \
     FOR_16_UP(JCC_BITS, cc)                                                                        \
     const struct body b_j##cc = {{[K_RI] = FROM_16(j##cc##_ri)}};
@@ -70,8 +43,7 @@ static SLOW int call_fault(struct cpu *cpu, const struct insn *i)
         if (unlikely(!push##bits(cpu, fast, &rsp, next_rip(cpu, i))))                              \
             return miss(cpu, i);                                                                   \
         GPR(cpu, RSP) = rsp;                                                                       \
-        set_rip(cpu, target);                                                                      \
-        return LINK1;                                                                              \
+        return block_leave(cpu, LINK1, target);                                                    \
     })
 FOR_16_UP(CALL_BITS, call)
 const struct body b_call = {{[K_RI] = FROM_16(call_ri)}};
@@ -82,15 +54,13 @@ const struct body b_call = {{[K_RI] = FROM_16(call_ri)}};
         const u64 target = REG##bits(cpu, i->dst);                                                 \
         if (unlikely(!target_valid(cpu, bits, target)))                                            \
             return branch_fault(cpu, i);                                                           \
-        set_rip(cpu, target);                                                                      \
-        return LOOKUP;                                                                             \
+        return block_leave_to(cpu, target);                                                        \
     }                                                                                              \
     MEM_HANDLER(jmp_e_m##bits, {                                                                   \
         LOAD(bits, target)                                                                         \
         if (unlikely(!target_valid(cpu, bits, target)))                                            \
             return branch_fault(cpu, i);                                                           \
-        set_rip(cpu, target);                                                                      \
-        return LOOKUP;                                                                             \
+        return block_leave_to(cpu, target);                                                        \
     })                                                                                             \
     MEM_HANDLER(call_e_r##bits, {                                                                  \
         const u64 target = REG##bits(cpu, i->dst);                                                 \
@@ -100,8 +70,7 @@ const struct body b_call = {{[K_RI] = FROM_16(call_ri)}};
         if (unlikely(!push##bits(cpu, fast, &rsp, next_rip(cpu, i))))                              \
             return miss(cpu, i);                                                                   \
         GPR(cpu, RSP) = rsp;                                                                       \
-        set_rip(cpu, target);                                                                      \
-        return LOOKUP;                                                                             \
+        return block_leave_to(cpu, target);                                                        \
     })                                                                                             \
     MEM_HANDLER(call_e_m##bits, {                                                                  \
         LOAD(bits, target)                                                                         \
@@ -111,8 +80,7 @@ const struct body b_call = {{[K_RI] = FROM_16(call_ri)}};
         if (unlikely(!push##bits(cpu, fast, &rsp, next_rip(cpu, i))))                              \
             return miss(cpu, i);                                                                   \
         GPR(cpu, RSP) = rsp;                                                                       \
-        set_rip(cpu, target);                                                                      \
-        return LOOKUP;                                                                             \
+        return block_leave_to(cpu, target);                                                        \
     })                                                                                             \
     MEM_HANDLER(ret_i##bits, {                                                                     \
         u64 rsp = GPR(cpu, RSP);                                                                   \
@@ -122,8 +90,7 @@ const struct body b_call = {{[K_RI] = FROM_16(call_ri)}};
         if (unlikely(!target_valid(cpu, bits, target)))                                            \
             return branch_fault(cpu, i);                                                           \
         GPR(cpu, RSP) = sp_add(cpu, rsp, (s64)(u16)i->imm);                                        \
-        set_rip(cpu, target);                                                                      \
-        return LOOKUP;                                                                             \
+        return block_leave_to(cpu, target);                                                        \
     })
 FOR_16_UP(INDIRECT_BITS, indirect)
 const struct body b_jmp_e = {{[K_R] = FROM_16(jmp_e_r), [K_M] = FROM_16(jmp_e_m)}};

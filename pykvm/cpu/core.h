@@ -352,6 +352,7 @@ struct cpu {
     u64 rmw_buf[8]; /* rmw_begin() on anything but plain RAM in one page */
     u64 rmw_la;
     u32 rmw_size;
+    bool bus_locked; /* by rmw_slow(), until rmw_flush() */
 
     struct tlb *ctx;        /* NR_CTX contexts */
     struct tlb_state *ts;   /* tlb.c: second level, fill log, large pages, breakpoints */
@@ -687,6 +688,7 @@ bool mem_probe_write(struct cpu *cpu, u64 la, unsigned size, unsigned access);
 bool mem_check_alignment(struct cpu *cpu, u64 la, unsigned size);
 void *rmw_slow(struct cpu *cpu, u64 la, unsigned size, unsigned access);
 void rmw_flush(struct cpu *cpu);
+void bus_unlock(struct cpu *cpu); /* when it is */
 /* Host pointer for up to *len bytes at la (shortened to the page end) of plain RAM with the
  * right already checked; NULL when it must be done element by element (no fault raised). */
 void *mem_direct(struct cpu *cpu, u64 la, unsigned access, unsigned *len);

@@ -502,6 +502,11 @@ static bool decode_operands(struct decoder *d, struct insn *i, unsigned form, u3
         i->imm = fetch(d, i->opsize);
         i->disp = (s64)fetch(d, 2);
         break;
+    case F_J8:
+    case F_JV: /* the target is relative to rip as a memory operand may be */
+        i->base = GPR_RIP;
+        i->disp = (s64)i->imm;
+        break;
     case F_A_O:
     case F_O_A: decode_moffs(d, i); break;
     case F_C: return decode_control(d, i);

@@ -455,12 +455,13 @@ static bool run_blocks(struct cpu *cpu)
         cpu->block = b;
         GPR(cpu, GPR_RIP) = GUEST(cpu).rip;
         int status = b->insn->fn(cpu, b->insn);
+        b = cpu->block; /* where block_leave() has come to */
         if (likely(status <= LINK1)) {
             next = b->link[status];
             cpu->budget -= b->n;
             if (unlikely(must_look(cpu)))
                 return true;
-            if (unlikely(!next || next->epoch != cpu->epoch))
+            if (unlikely(next->epoch != cpu->epoch))
                 next = follow(cpu, b, status);
             b = next;
         } else if (likely(status == LOOKUP)) {
@@ -616,6 +617,7 @@ static void begin(struct cpu *cpu)
 
 static int finish(struct cpu *cpu)
 {
+    bus_unlock(cpu);
     mxcsr_leave(cpu);
     fpu_leave(cpu);
     GUEST(cpu).fpu.xinuse = fpu_components(cpu);

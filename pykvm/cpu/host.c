@@ -411,7 +411,7 @@ int host_guard_fault(struct cpu *cpu)
 /* For kernels without MADV_POPULATE_* and for device memory, which it refuses. */
 static int probe_maps(u64 start, u64 end, int write)
 {
-    FILE *f = fopen("/proc/self/maps", "re");
+    FILE *f = fopen("/proc/thread-self/maps", "re");
     unsigned long from, to;
     char r, w;
     int line;

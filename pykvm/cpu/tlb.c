@@ -10,6 +10,7 @@
  */
 #include "core.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -665,6 +666,29 @@ bool mem_probe_write(struct cpu *cpu, u64 la, unsigned size, unsigned access)
     return translate_spans(cpu, la, size, access | ACC_WRITE, s) != 0;
 }
 
+/* What lies in two pages that the host has apart is read and written by halves. Others that do the
+ * same keep out meanwhile: the bus lock of SDM vol. 3 8.1.2.2, of which a machine has one. */
+static atomic_flag bus = ATOMIC_FLAG_INIT;
+
+static void bus_lock(struct cpu *cpu)
+{
+    for (unsigned n = 0; atomic_flag_test_and_set_explicit(&bus, memory_order_acquire); n++) {
+        if (n < 100)
+            __builtin_ia32_pause();
+        else
+            sched_yield();
+    }
+    cpu->bus_locked = true;
+}
+
+void bus_unlock(struct cpu *cpu)
+{
+    if (likely(!cpu->bus_locked))
+        return;
+    cpu->bus_locked = false;
+    atomic_flag_clear_explicit(&bus, memory_order_release);
+}
+
 void *rmw_slow(struct cpu *cpu, u64 la, unsigned size, unsigned access)
 {
     struct tlb_state *ts = cpu->ts;
@@ -678,9 +702,13 @@ void *rmw_slow(struct cpu *cpu, u64 la, unsigned size, unsigned access)
      * that crosses are mostly neighbours for the host, too. */
     if (!s[0].mmio && (ts->nr_rmw == 1 || (!s[1].mmio && s[1].hva == s[0].hva + s[0].len)))
         return (void *)s->hva;
+    if (ts->nr_rmw == 2 && !s[0].mmio && !s[1].mmio)
+        bus_lock(cpu);
     if (!span_read(cpu, &s[0], cpu->rmw_buf) ||
-        (ts->nr_rmw == 2 && !span_read(cpu, &s[1], (u8 *)cpu->rmw_buf + s[0].len)))
+        (ts->nr_rmw == 2 && !span_read(cpu, &s[1], (u8 *)cpu->rmw_buf + s[0].len))) {
+        bus_unlock(cpu);
         return NULL;
+    }
     cpu->rmw_la = la;
     cpu->rmw_size = size;
     return cpu->rmw_buf;
@@ -693,6 +721,7 @@ void rmw_flush(struct cpu *cpu)
     span_write(cpu, &ts->rmw[0], cpu->rmw_buf);
     if (ts->nr_rmw == 2)
         span_write(cpu, &ts->rmw[1], (u8 *)cpu->rmw_buf + ts->rmw[0].len);
+    bus_unlock(cpu);
 }
 
 void *mem_direct(struct cpu *cpu, u64 la, unsigned access, unsigned *len)

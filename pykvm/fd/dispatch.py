@@ -41,9 +41,12 @@ def _ioctl(fd: int, request: int, arg: int, memory: UserMemory) -> int:
             raise KvmError(EBADF, f"descriptor {fd} was closed just now")
         kind = file.kind
         # kvm_main.c: vm, vcpu and device ioctls belong to the address space that made the VM.
-        if kind != "system" and file.mm != table.current_mm():
-            raise KvmError(EIO, "the VM belongs to another process: this one was forked from it")
         obj: Any = file.obj
+        if kind != "system":
+            if file.mm != table.current_mm():
+                raise KvmError(EIO, "the VM belongs to another process: this one was forked from it")
+            if obj.is_dead:
+                raise KvmError(EIO, "the VM is dead: it could not go on")
         row = None if request in file.absent else _lookup((kind, request))
         if kind != "vcpu":
             return _call(row, kind, request, obj, arg, memory)

@@ -177,7 +177,7 @@ def reap() -> int:
 def _open_inodes() -> frozenset[int]:
     """Return the inodes of all descriptors of this process."""
     try:
-        with os.scandir("/proc/self/fd") as entries:
+        with os.scandir("/proc/thread-self/fd") as entries:
             return frozenset(_file_inode(int(entry.name)) for entry in entries)
     except OSError:
         return frozenset()

@@ -1,7 +1,8 @@
 """What pykvm does not offer, and why: absence is a row of the registry too.
 
-Each answers as on a kernel that has not got it, with the errno of an unknown request.  Who builds
-one removes its name here: the registry refuses a request that is both offered and absent.
+Each answers as on a kernel that has not got it: a request with the errno of an unknown one, a capability
+with 0, and an exit reason is never seen.  Who builds one removes its name here: the registry refuses a
+request that is both offered and absent, and tests a capability or an exit reason.
 """
 
 from __future__ import annotations
@@ -70,13 +71,107 @@ _ABSENT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         _ENCRYPTION: ("KVM_MEMORY_ENCRYPT_OP",),
     },
     "device": {
-        "devices come with a later issue": (
+        "x86 has no device but VFIO's, and there is nothing to pass through": (
             "KVM_SET_DEVICE_ATTR",
             "KVM_GET_DEVICE_ATTR",
             "KVM_HAS_DEVICE_ATTR",
         ),
     },
 }
+
+_REMOVED = "removed from Linux"
+_OTHER_MACHINE = "of another architecture"
+
+# why -> capabilities, without KVM_CAP_
+CAPABILITIES: Mapping[str, tuple[str, ...]] = {
+    _IRQCHIP: (
+        "IRQCHIP",
+        "VAPIC",
+        "IRQ_INJECT_STATUS",
+        "TSC_DEADLINE_TIMER",
+        "SIGNAL_MSI",
+        "IOAPIC_POLARITY_IGNORED",
+        "SPLIT_IRQCHIP",
+        "X2APIC_API",
+    ),
+    _PIT: ("PIT", "REINJECT_CONTROL", "PIT2", "PIT_STATE2"),
+    _EVENTFD: ("IRQFD", "IOEVENTFD", "IRQFD_RESAMPLE", "IOEVENTFD_NO_LENGTH", "IOEVENTFD_ANY_LENGTH"),
+    _MEMORY: ("MEMORY_ATTRIBUTES", "GUEST_MEMFD", "GUEST_MEMFD_FLAGS"),
+    _ENCRYPTION: ("VM_COPY_ENC_CONTEXT_FROM", "VM_MOVE_ENC_CONTEXT_FROM"),
+    _XEN: ("XEN_HVM",),
+    _HYPERV: (
+        "HYPERV",
+        "HYPERV_VAPIC",
+        "HYPERV_SPIN",
+        "HYPERV_TIME",
+        "HYPERV_SYNIC",
+        "HYPERV_SYNIC2",
+        "HYPERV_VP_INDEX",
+        "HYPERV_EVENTFD",
+        "HYPERV_TLBFLUSH",
+        "HYPERV_SEND_IPI",
+        "HYPERV_ENLIGHTENED_VMCS",
+        "HYPERV_CPUID",
+        "HYPERV_DIRECT_TLBFLUSH",
+        "SYS_HYPERV_CPUID",
+        "HYPERV_ENFORCE_CPUID",
+    ),
+    _PMU: ("PMU_EVENT_FILTER", "PMU_CAPABILITY", "PMU_EVENT_MASKED_EVENTS"),
+    _NESTED: ("NESTED_STATE",),
+    "the processor does not tell of bus locks": ("X86_BUS_LOCK_EXIT",),
+    "no guest can hold the processor: every entry ends by a deadline": ("X86_NOTIFY_VMEXIT",),
+    "there is no SGX": ("SGX_ATTRIBUTE",),
+    "1 with shadow paging only, as in Linux": ("SMALLER_MAXPHYADDR",),
+    "no version of Linux answers 1: KVM_VCPUEVENT_VALID_SHADOW in the flags says that it is there": (
+        "INTR_SHADOW",
+    ),
+    "pykvm's extension x86-osi, when asked for": ("PPC_OSI",),
+    _REMOVED: ("PV_MMU", "IOMMU", "ASSIGN_DEV_IRQ", "PCI_2_3", "MANUAL_DIRTY_LOG_PROTECT"),
+    _OTHER_MACHINE: (
+        "SW_TLB",
+        "IRQ_MPIC",
+        "IRQ_XICS",
+        "VM_ATTRIBUTES",
+        "GUEST_DEBUG_HW_BPS",
+        "GUEST_DEBUG_HW_WPS",
+        "MSI_DEVID",
+        "PTP_KVM",
+        "VM_GPA_BITS",
+        "DIRTY_LOG_RING_WITH_BITMAP",
+        "COUNTER_OFFSET",
+    ),
+}
+# Of another architecture by their names.
+_FOREIGN_PREFIXES = ("S390_", "PPC_", "SPAPR_", "ARM_", "MIPS_", "RISCV_", "LOONGARCH_")
+
+# why -> reasons of an exit, without KVM_EXIT_
+EXITS: Mapping[str, tuple[str, ...]] = {
+    _IRQCHIP: ("TPR_ACCESS", "IOAPIC_EOI"),
+    "what it tells of on x86 are crashes by Hyper-V's registers, SEV and TDX": ("SYSTEM_EVENT",),
+    _ENCRYPTION: ("AP_RESET_HOLD", "TDX"),
+    _XEN: ("XEN",),
+    _HYPERV: ("HYPERV",),
+    "the processor does not tell of bus locks": ("X86_BUS_LOCK",),
+    "no guest can hold the processor: every entry ends by a deadline": ("NOTIFY",),
+    "never used": ("EXCEPTION",),
+    _OTHER_MACHINE: ("DCR", "NMI", "PAPR_HCALL", "WATCHDOG", "EPR"),
+}
+
+
+def why_no_capability(name: str) -> str | None:
+    """Return why a KVM_CAP_* is not there; None when it is, or when nobody says."""
+    return _reason(name.removeprefix("KVM_CAP_"), CAPABILITIES)
+
+
+def why_no_exit(name: str) -> str | None:
+    """Return why a KVM_EXIT_* never comes; None when it does, or when nobody says."""
+    return _reason(name.removeprefix("KVM_EXIT_"), EXITS)
+
+
+def _reason(name: str, reasons: Mapping[str, tuple[str, ...]]) -> str | None:
+    listed = next((why for why, names in reasons.items() if name in names), None)
+    return listed or (_OTHER_MACHINE if name.startswith(_FOREIGN_PREFIXES) else None)
+
 
 for _kind, _groups in _ABSENT.items():
     for _why, _names in _groups.items():

@@ -127,15 +127,18 @@ def set_guest_debug(vcpu: Vcpu, new: CData) -> int:
     Without KVM_GUESTDBG_ENABLE debugging ends.
 
     Errors:
-        EBUSY  an exception is to be injected and one is pending
+        EBUSY  an exception is to be injected, and one or a triple fault is pending
     Source: api.rst 4.83; x86.c kvm_arch_vcpu_ioctl_set_guest_debug
     """
     control, events, debug = new.control, vcpu.events, vcpu.debug
     if control & _INJECT:
-        if events.exception_pending:
-            raise KvmError(EBUSY, f"exception {events.vector} is pending")
+        if events.exception_pending or events.triple_fault:
+            raise KvmError(EBUSY, f"exception {events.vector} or a triple fault is pending")
         is_db = control & uapi.KVM_GUESTDBG_INJECT_DB
         events.queue_exception(vcpu, uapi.DB_VECTOR if is_db else uapi.BP_VECTOR)
+    if debug.control & _STEP:
+        # The kernel steps by TF, and does not know then if the guest had set it, too.
+        vcpu.cpu.guest.rflags &= ~uapi.X86_EFLAGS_TF
     debug.control = control if control & uapi.KVM_GUESTDBG_ENABLE else 0
     db, dr7 = _get_db(vcpu), get_dr7(vcpu)
     if debug.control & _HW_BP:

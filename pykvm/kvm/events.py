@@ -65,6 +65,7 @@ class Events:
         "interrupt_soft",
         "nmi_injected",
         "nmi_pending",
+        "nmi_queued",
         "payload",
         "pending_external_vector",
         "requested",
@@ -84,6 +85,8 @@ class Events:
         self.payload = 0
         self.nmi_injected = False
         self.nmi_pending = 0
+        # Sent, and not looked at yet: how many of them count follows from the state at that moment.
+        self.nmi_queued = 0
         self.interrupt_injected = False
         self.interrupt_nr = 0
         self.interrupt_soft = False
@@ -166,7 +169,7 @@ class Events:
         return (
             bool(guest.rflags & _IF)
             and not guest.interruptibility & _BLOCK_INTR
-            and not (self.exception_pending or self.exception_injected)
+            and not (self.exception_pending or self.exception_injected or self.triple_fault)
             and not (self.interrupt_injected or self.nmi_injected)
             and self.pending_external_vector < 0
         )
@@ -298,12 +301,17 @@ class Events:
         self.interrupt_soft = False
         self.requested = True
 
-    def queue_nmi(self, vcpu: Vcpu, count: int = 1) -> None:
-        """Latch NMIs: at most two, at most one while NMIs are blocked (process_nmi)."""
+    def queue_nmi(self, count: int = 1) -> None:
+        """Send NMIs."""
+        self.nmi_queued += count
+        self.requested = True
+
+    def process_nmi(self, vcpu: Vcpu) -> None:
+        """Latch the NMIs that were sent: at most two wait, at most one while NMIs are blocked."""
         blocked = vcpu.cpu.guest.interruptibility & lib.CPU_BLOCK_NMI
         limit = 1 if blocked or self.nmi_injected else 2
-        self.nmi_pending = min(self.nmi_pending + count, limit)
-        self.requested = True
+        queued, self.nmi_queued = self.nmi_queued, 0
+        self.nmi_pending = min(self.nmi_pending + queued, limit)
 
 
 # ---- ioctls --------------------------------------------------------------------------------------
@@ -341,7 +349,7 @@ def nmi(vcpu: Vcpu) -> int:
     Errors: none
     Source: api.rst 4.64; x86.c kvm_vcpu_ioctl_nmi, kvm_inject_nmi
     """
-    vcpu.events.queue_nmi(vcpu)
+    vcpu.events.queue_nmi()
     return 0
 
 
@@ -357,6 +365,7 @@ def get_vcpu_events(vcpu: Vcpu) -> CData:
     """
     e, vm, guest = vcpu.events, vcpu.vm, vcpu.cpu.guest
     out = ffi.new("struct kvm_vcpu_events *")
+    e.process_nmi(vcpu)
     if not vm.exception_payload_enabled and e.exception_pending:
         e.deliver_payload(vcpu)
     if e.vector not in _SOFT_VECTORS:
@@ -433,8 +442,7 @@ def set_vcpu_events(vcpu: Vcpu, new: CData) -> int:
     masked = lib.CPU_BLOCK_NMI if new.nmi.masked else 0
     guest.interruptibility = guest.interruptibility & ~lib.CPU_BLOCK_NMI | masked
     if flags & uapi.KVM_VCPUEVENT_VALID_NMI_PENDING:
-        e.nmi_pending = 0
-        e.queue_nmi(vcpu, new.nmi.pending)
+        e.nmi_pending, e.nmi_queued = 0, new.nmi.pending
     if flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
         e.triple_fault = bool(new.triple_fault.pending)
     if flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR:

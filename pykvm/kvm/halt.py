@@ -72,4 +72,4 @@ def _is_woken(vcpu: Vcpu) -> bool:
         return True
     if events.smi_pending and not vcpu.as_id:
         return True
-    return bool(events.nmi_pending) and events.nmi_allowed(vcpu)
+    return bool(events.nmi_queued or (events.nmi_pending and events.nmi_allowed(vcpu)))

@@ -13,6 +13,7 @@ from pykvm.abi.errors import KvmError
 from pykvm.kvm.caps import Args, capability, vm_cap
 
 if TYPE_CHECKING:
+    from pykvm.kvm.system import System
     from pykvm.kvm.vm import Vm
 
 _CAP_SYS_BOOT = 1 << 22
@@ -30,6 +31,14 @@ capability("KVM_CAP_ASYNC_PF", 1)
 capability("KVM_CAP_ASYNC_PF_INT", 1)
 
 
+def _smaller_maxphyaddr(of: Vm | System) -> int:
+    return int("no-tdp" in of.system.extensions)
+
+
+# The guest's own walk checks addresses against its width; with two-dimensional paging Linux does not say so.
+capability("KVM_CAP_SMALLER_MAXPHYADDR", _smaller_maxphyaddr)
+
+
 def _is_capable() -> bool:
     """Say if this process has CAP_SYS_BOOT."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
@@ -39,7 +48,7 @@ def _is_capable() -> bool:
 
 @vm_cap("KVM_CAP_VM_DISABLE_NX_HUGE_PAGES")
 def disable_nx_huge_pages(vm: Vm, args: Args) -> int:
-    """Do without the mitigation that splits executable large pages; there is none.
+    """Do without the mitigation that splits executable large pages, on processors that need it.
 
     Errors:
         EPERM   no CAP_SYS_BOOT: a guest could bring an affected host down
@@ -51,6 +60,7 @@ def disable_nx_huge_pages(vm: Vm, args: Args) -> int:
     with vm.lock:
         if args[0] or vm.created_vcpus:
             raise KvmError(EINVAL, f"args[0] is {args[0]:#x}, {vm.created_vcpus} vCPUs: both must be 0")
+        vm.mmu.nx_huge_pages = False
     return 0
 
 

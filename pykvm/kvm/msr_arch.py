@@ -357,10 +357,10 @@ fixed(
     uapi.MSR_IA32_EBL_CR_POWERON,
     uapi.MSR_AMD64_SYSCFG,
     uapi.MSR_K8_INT_PENDING_MSG,
-    uapi.MSR_FAM10H_MMIO_CONF_BASE,
     uapi.MSR_IA32_PERF_CTL,
     *range(uapi.MSR_IA32_LASTBRANCHFROMIP, uapi.MSR_IA32_LASTINTTOIP + 1),
 )
+stored(uapi.MSR_FAM10H_MMIO_CONF_BASE, check=lambda _vcpu, data, _host: not data)
 # Performance counters that no PMU is behind, and AMD registers that its systems write blindly.
 fixed(
     uapi.MSR_AMD64_NB_CFG,

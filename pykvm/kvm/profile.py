@@ -114,6 +114,7 @@ class Behaviour:
     and may be called again.  `tss_addr_errno`: its error for a bad address.
     `strict_memslots`: flags, address and existence of slots are checked.
     `strict_identity_map`, `strict_debugregs`, `strict_mp_state`: arguments of these are.
+    `xsave_tells_host`: KVM_GET_XSAVE's image names the host's components, where software may.
     """
 
     immediate_exit: bool = True
@@ -148,6 +149,7 @@ class Behaviour:
     strict_identity_map: bool = True
     strict_debugregs: bool = True
     strict_mp_state: bool = True
+    xsave_tells_host: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -222,6 +224,10 @@ class Cache:
         return eax, self.line - 1 | (self.ways - 1) << 22, sets - 1, 2 if self.inclusive else 0
 
 
+# Ice Lake's model number: its ARCH_CAPABILITIES say that a page may change its size under the iTLB.
+_FIRST_WITH_PSCHANGE_MC_NO = 0x6A
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Processor:
     """A processor, as CPUID, KVM's vendor module and reset show it.
@@ -259,6 +265,11 @@ class Processor:
     def is_amd(self) -> bool:
         """Say if kvm_amd serves this processor."""
         return self.vendor == "amd"
+
+    @property
+    def itlb_multihit(self) -> bool:
+        """Say if changing a code page's size may stop it: Intel's big cores before Ice Lake (cpu/common.c)."""
+        return self.vendor == "intel" and not self.as_built and self.model < _FIRST_WITH_PSCHANGE_MC_NO
 
     @property
     def signature(self) -> int:

@@ -75,6 +75,9 @@ def read_regs(vcpu: Vcpu, out: CData) -> None:
     """Fill a struct kvm_regs."""
     ax, cx, dx, bx, sp, bp, si, di, *rest = _GUEST.unpack_from(vcpu.cpu.memory, _GUEST_OFFSET)
     _REGS.pack_into(ffi.buffer(out, _REGS.size), 0, ax, bx, cx, dx, si, di, sp, bp, *rest)
+    if vcpu.debug.control & uapi.KVM_GUESTDBG_SINGLESTEP:
+        # The client's steps hide the guest's own: x86.c kvm_get_rflags.
+        out.rflags &= ~uapi.X86_EFLAGS_TF
 
 
 @vcpu_ioctl("KVM_SET_REGS", In("struct kvm_regs"))

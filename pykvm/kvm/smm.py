@@ -155,6 +155,7 @@ def _enter(vcpu: Vcpu) -> None:
     image = _save_64(vcpu) if long_mode else _save_32(vcpu)
     vcpu.smm_changed(entering=True)
     if not vcpu.vm.write_guest(vcpu.smbase + _SMRAM, image, vcpu.as_id):
+        vcpu.vm.die()
         raise KvmError(EIO, f"no memory at {vcpu.smbase + _SMRAM:#x} to save the state in")
     vcpu.smm_inside_nmi = bool(guest.interruptibility & lib.CPU_BLOCK_NMI)
     set_interrupt_shadow(guest, 0)

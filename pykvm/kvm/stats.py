@@ -90,6 +90,9 @@ VCPU_STATS: tuple[Desc, ...] = (
 class StatsFile:
     """One open statistics descriptor. `values` returns what it shows, by name."""
 
+    # It is read, and all it says to an ioctl is ENOTTY.
+    is_dead = False
+
     def __init__(
         self, vm: Vm, name: str, descs: tuple[Desc, ...], values: Callable[[], dict[str, int | list[int]]]
     ) -> None:

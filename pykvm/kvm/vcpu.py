@@ -8,7 +8,7 @@ handle or a signal waits.
 from __future__ import annotations
 
 import threading
-from errno import EINTR, EINVAL
+from errno import EINTR, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 from pykvm import trace
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from pykvm.kvm.dirty_ring import DirtyRing
     from pykvm.kvm.vm import Vm
+    from pykvm.kvm.xsave import Fpstate
     from pykvm.mmu.slots import Memslots
 
 PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
@@ -70,6 +71,7 @@ class Vcpu:
     when that was left, if the client has set registers since.
     `as_id`: the address space it runs in, 1 in system management mode; `smbase`: where SMRAM is then;
     `smm_inside_nmi`: NMIs were blocked already when it was entered.
+    `fpstate`: what the client makes of the floating-point state, until the processor runs with it.
     `loaded_memslots`: the slots that the processor's tables stand for.
     """
 
@@ -114,6 +116,7 @@ class Vcpu:
         self.clock: VcpuClock = VcpuClock()
         self.debug: GuestDebug = GuestDebug()
         self.steal_time = StealTime()
+        self.fpstate: Fpstate | None = None
         self._reset()
 
     def _reset_apic_base(self) -> int:
@@ -147,6 +150,11 @@ class Vcpu:
     def absent_requests(self) -> frozenset[int]:
         """Requests on a vCPU that its kernel does not know."""
         return absent_requests(self.vm.kernel, "vcpu")
+
+    @property
+    def is_dead(self) -> bool:
+        """Say if the VM can be used no more."""
+        return self.vm.is_dead
 
     @property
     def is_bsp(self) -> bool:
@@ -226,6 +234,7 @@ def run(vcpu: Vcpu) -> int:
         rules = vcpu.vm.kernel.behaviour
         immediate_exit = kvm_run.immediate_exit if rules.immediate_exit else 0
         kvm_run.flags = 0
+        vcpu.fpstate = None
         vcpu.vm.coalesced_mmio.sync()
         try:
             return _run(vcpu, kvm_run, immediate_exit)
@@ -319,6 +328,8 @@ def _prepare_events(vcpu: Vcpu) -> bool:
     events = vcpu.events
     # First: what another thread asks for from now on is looked at again.
     events.requested = False
+    if vcpu.vm.is_dead:
+        raise KvmError(EIO, "the VM is dead: it could not go on")
     vcpu.stat.req_event += 1
     if vcpu.dirty_ring is not None and dirty_ring.check_full(vcpu):
         return False
@@ -337,6 +348,8 @@ def _prepare_events(vcpu: Vcpu) -> bool:
         can_inject = smm.inject_smi(vcpu, can_inject=can_inject)
         if vcpu.loaded_memslots is None:
             _load_mmu(vcpu)
+    if events.nmi_queued:
+        events.process_nmi(vcpu)
     if events.nmi_pending:
         events.inject_nmi(vcpu, can_inject=can_inject)
     return True

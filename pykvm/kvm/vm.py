@@ -80,6 +80,7 @@ class Vm:
     `lock`: the kernel's kvm->lock, for what is made and configured; `slots_lock`: kvm->slots_lock.
     `vcpus`: by id, in the order they were made.  `memslots`: one snapshot per address space.
     `kernel`, `processor`: what it claims to be made by; `absent_msrs`: registers that those have not.
+    `is_dead`: it can be used no more, see `die`.
     `tss_addr`, `identity_map_addr`: stored and given back to nobody; this processor needs neither.
     `private_memory`: behind slots that are KVM's own, by slot.
     """
@@ -94,6 +95,7 @@ class Vm:
         self.slots_lock = threading.RLock()
         self.vcpus: dict[int, Vcpu] = {}
         self.created_vcpus = 0
+        self.is_dead = False
         self.max_vcpu_ids = 0
         self.boot_cpu_id = 0
         self.tss_addr: Gpa | None = None
@@ -160,6 +162,13 @@ class Vm:
     def release(self) -> None:
         """Let the VM's own descriptor go."""
         self.put()
+
+    def die(self) -> None:
+        """Refuse every ioctl on the VM and its vCPUs from now on, and end those that run (kvm_vm_dead)."""
+        self.is_dead = True
+        for vcpu in tuple(self.vcpus.values()):
+            vcpu.events.requested = True
+            vcpu.cpu.kick()
 
     def destroy(self) -> None:
         """Free what the VM holds; nobody can reach it any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,48 @@ if TYPE_CHECKING:
 XSAVE_SIZE = ffi.sizeof("struct kvm_xsave")
 # The legacy area as FXSAVE64 writes it: fcw, fsw, ftw, fop, fip, fdp, mxcsr, mxcsr_mask; at 32 the
 # eight ST, at 160 the sixteen XMM, at 512 the header, then the components.
-_LEGACY = struct.Struct("<HHBxHQQII")
-_ST, _XMM, _HEADER = 32, 160, 512
+_LEGACY = struct.Struct("<HHHHQQII")
+_MXCSR, _ST, _XMM, _HEADER = 24, 32, 160, 512
+# What software may keep in the legacy area: Linux says there which components the host has.
+_SW_RESERVED = 464
 _XSAVE_HEADER = struct.Struct("<QQ48s")
 _YMM_OFFSET, _PKRU_OFFSET = 576, 2688
 _PKRU_COMPONENT = uapi.XFEATURE_MASK_PKRU
 _FP, _SSE, _YMM = uapi.XFEATURE_MASK_FP, uapi.XFEATURE_MASK_SSE, uapi.XFEATURE_MASK_YMM
 _XMM_BYTES, _YMM_BYTES, _ST_BYTES, _NR_XMM = 16, 32, 8 * 16, 16
+_XMM_END, _YMM_END = _XMM + _NR_XMM * _XMM_BYTES, _YMM_OFFSET + _NR_XMM * _XMM_BYTES
+_INITIAL = _LEGACY.pack(uapi.FCW_INIT, 0, 0, 0, 0, 0, uapi.MXCSR_INIT, uapi.MXCSR_MASK)
 
 # Bytes of KVM_GET_XSAVE2's image: no component reaches beyond the page.
 capability("KVM_CAP_XSAVE2", XSAVE_SIZE)
+
+
+@dataclass(slots=True)
+class Fpstate:
+    """The state between two KVM_RUNs, as the kernel keeps it for its next XRSTOR (struct fpstate).
+
+    `area`: the registers in the standard format of XSAVE, without a header; what is there of components that
+    are not in `xfeatures` does not count, and is not overwritten either.
+    """
+
+    area: bytearray
+    xfeatures: int
+
+
+def _fpstate(vcpu: Vcpu) -> Fpstate:
+    """Return the state to look at and to change; after a KVM_RUN it is what the processor has."""
+    if vcpu.fpstate is None:
+        fpu = vcpu.cpu.guest.fpu
+        area = bytearray(_YMM_END)
+        numbers = (fpu.fcw, fpu.fsw, fpu.ftw, fpu.fop, fpu.fip, fpu.fdp, fpu.mxcsr, uapi.MXCSR_MASK)
+        _LEGACY.pack_into(area, 0, *numbers)
+        area[_ST : _ST + _ST_BYTES] = bytes(ffi.buffer(fpu.st))
+        for n in range(_NR_XMM):
+            register = bytes(ffi.buffer(fpu.ymm[n]))
+            area[_XMM + n * _XMM_BYTES : _XMM + (n + 1) * _XMM_BYTES] = register[:_XMM_BYTES]
+            area[_YMM_OFFSET + n * _XMM_BYTES : _YMM_OFFSET + (n + 1) * _XMM_BYTES] = register[_XMM_BYTES:]
+        vcpu.fpstate = Fpstate(area, int(fpu.xinuse))
+    return vcpu.fpstate
 
 
 # ---- KVM_GET_FPU, KVM_SET_FPU --------------------------------------------------------------------
@@ -42,13 +75,12 @@ def get_fpu(vcpu: Vcpu) -> CData:
     Errors: none
     Source: api.rst 4.22; x86.c kvm_arch_vcpu_ioctl_get_fpu
     """
-    fpu = vcpu.cpu.guest.fpu
+    area = _fpstate(vcpu).area
     out = ffi.new("struct kvm_fpu *")
-    ffi.memmove(out.fpr, fpu.st, _ST_BYTES)
-    out.fcw, out.fsw, out.ftwx, out.last_opcode = fpu.fcw, fpu.fsw, fpu.ftw, fpu.fop
-    out.last_ip, out.last_dp = fpu.fip, fpu.fdp
-    for n in range(_NR_XMM):
-        ffi.memmove(out.xmm[n], fpu.ymm[n], _XMM_BYTES)
+    ffi.memmove(out.fpr, area[_ST : _ST + _ST_BYTES], _ST_BYTES)
+    out.fcw, out.fsw, ftw, out.last_opcode, out.last_ip, out.last_dp, *_ = _LEGACY.unpack_from(area)
+    out.ftwx = ftw & 0xFF
+    ffi.memmove(out.xmm, area[_XMM:_XMM_END], _NR_XMM * _XMM_BYTES)
     return out
 
 
@@ -56,16 +88,23 @@ def get_fpu(vcpu: Vcpu) -> CData:
 def set_fpu(vcpu: Vcpu, new: CData) -> int:
     """Set x87 and XMM registers; MXCSR is not looked at.
 
+    KVM_GET_XSAVE does not tell of components that were in their initial state, until the next KVM_RUN: the
+    kernel leaves XSTATE_BV as it is.
+
     Errors: none
     Source: api.rst 4.23; x86.c kvm_arch_vcpu_ioctl_set_fpu
     """
-    fpu = vcpu.cpu.guest.fpu
-    ffi.memmove(fpu.st, new.fpr, _ST_BYTES)
-    fpu.fcw, fpu.fsw, fpu.ftw, fpu.fop = new.fcw, new.fsw, new.ftwx, new.last_opcode
-    fpu.fip, fpu.fdp = new.last_ip, new.last_dp
-    for n in range(_NR_XMM):
-        ffi.memmove(fpu.ymm[n], new.xmm[n], _XMM_BYTES)
-    fpu.xinuse |= _FP | _SSE
+    state, fpu = _fpstate(vcpu), vcpu.cpu.guest.fpu
+    mxcsr = bytes(state.area[_MXCSR:_ST])
+    numbers = (new.fcw, new.fsw, new.ftwx, new.last_opcode, new.last_ip, new.last_dp, 0, 0)
+    _LEGACY.pack_into(state.area, 0, *numbers)
+    state.area[_MXCSR:_ST] = mxcsr
+    state.area[_ST : _ST + _ST_BYTES] = bytes(ffi.buffer(new.fpr))
+    state.area[_XMM:_XMM_END] = bytes(ffi.buffer(new.xmm))
+    # For the guest they are all there is: the kernel's next XRSTOR would initialise them, which helps nobody.
+    kept = fpu.mxcsr
+    _load(vcpu, Fpstate(state.area, int(fpu.xinuse) | _FP | _SSE))
+    fpu.mxcsr = kept
     return 0
 
 
@@ -98,29 +137,30 @@ def get_xsave2(vcpu: Vcpu) -> CData:
 
 
 def _write_image(vcpu: Vcpu, image: memoryview) -> None:
-    guest = vcpu.cpu.guest
-    fpu = guest.fpu
-    in_use = fpu.xinuse & (vcpu.cpuid.supported_xcr0 | _FP | _SSE)
-    fcw, fsw, ftw, fop, fip, fdp = uapi.FCW_INIT, 0, 0, 0, 0, 0
+    state = _fpstate(vcpu)
+    area, in_use = state.area, state.xfeatures & (vcpu.cpuid.supported_xcr0 | _FP | _SSE)
+    image[:_ST] = _INITIAL
     if in_use & _FP:
-        fcw, fsw, ftw, fop, fip, fdp = fpu.fcw, fpu.fsw, fpu.ftw, fpu.fop, fpu.fip, fpu.fdp
-        image[_ST : _ST + _ST_BYTES] = bytes(ffi.buffer(fpu.st))
-    mxcsr = fpu.mxcsr if in_use & (_SSE | _YMM) else uapi.MXCSR_INIT
-    _LEGACY.pack_into(image, 0, fcw, fsw, ftw, fop, fip, fdp, mxcsr, uapi.MXCSR_MASK)
-    _XSAVE_HEADER.pack_into(image, _HEADER, in_use, 0, b"")
-    for n in range(_NR_XMM):
-        register = bytes(ffi.buffer(fpu.ymm[n]))
-        if in_use & _SSE:
-            image[_XMM + n * _XMM_BYTES : _XMM + (n + 1) * _XMM_BYTES] = register[:_XMM_BYTES]
-        if in_use & _YMM:
-            image[_YMM_OFFSET + n * _XMM_BYTES : _YMM_OFFSET + (n + 1) * _XMM_BYTES] = register[_XMM_BYTES:]
+        image[:_MXCSR] = area[:_MXCSR]
+        image[_ST:_XMM] = area[_ST:_XMM]
+    if in_use & (_SSE | _YMM):
+        image[_MXCSR:_ST] = area[_MXCSR:_ST]
+    if in_use & _SSE:
+        image[_XMM:_XMM_END] = area[_XMM:_XMM_END]
+    if in_use & _YMM:
+        image[_YMM_OFFSET:_YMM_END] = area[_YMM_OFFSET:_YMM_END]
     if in_use & _PKRU_COMPONENT:
-        struct.pack_into("<I", image, _PKRU_OFFSET, guest.pkru)
+        struct.pack_into("<I", image, _PKRU_OFFSET, vcpu.cpu.guest.pkru)
+    _XSAVE_HEADER.pack_into(image, _HEADER, in_use, 0, b"")
+    if vcpu.vm.kernel.behaviour.xsave_tells_host:
+        struct.pack_into("<Q", image, _SW_RESERVED, vcpu.vm.system.offer.xcr0)
 
 
 @vcpu_ioctl("KVM_SET_XSAVE", In("struct kvm_xsave"), cap="KVM_CAP_XSAVE")
 def set_xsave(vcpu: Vcpu, new: CData) -> int:
     """Set the state from an image in the standard format; components not in XSTATE_BV are initialised.
+
+    But PKRU: it stays as it is.
 
     Errors:
         EINVAL  components that are not supported; the compacted format; reserved bytes of the header;
@@ -134,24 +174,40 @@ def set_xsave(vcpu: Vcpu, new: CData) -> int:
         raise KvmError(EINVAL, f"XSTATE_BV {given:#x}: components {unsupported:#x} are not supported")
     if compacted or any(reserved):
         raise KvmError(EINVAL, "compacted format, or reserved bytes in the header")
-    fcw, fsw, ftw, fop, fip, fdp, mxcsr, _ = _LEGACY.unpack_from(image, 0)
+    (mxcsr,) = struct.unpack_from("<I", image, _MXCSR)
     if given & (_FP | _SSE | _YMM) and mxcsr & ~uapi.MXCSR_MASK:
         raise KvmError(EINVAL, f"MXCSR {mxcsr:#x}: reserved bits")
-    guest = vcpu.cpu.guest
-    fpu = guest.fpu
-    if not given & _FP:
-        fcw, fsw, ftw, fop, fip, fdp = uapi.FCW_INIT, 0, 0, 0, 0, 0
-    fpu.fcw, fpu.fsw, fpu.ftw, fpu.fop, fpu.fip, fpu.fdp = fcw, fsw, ftw, fop, fip, fdp
-    ffi.memmove(fpu.st, bytes(image[_ST : _ST + _ST_BYTES]) if given & _FP else bytes(_ST_BYTES), _ST_BYTES)
-    fpu.mxcsr = mxcsr if given & (_SSE | _YMM) else uapi.MXCSR_INIT
+    state = _fpstate(vcpu)
+    state.xfeatures = given
+    for components, start, end in (
+        (_FP | _SSE | _YMM, _MXCSR, _ST),
+        (_FP, 0, _XMM),
+        (_SSE, _XMM, _XMM_END),
+        (_YMM, _YMM_OFFSET, _YMM_END),
+    ):
+        if given & components:
+            state.area[start:end] = image[start:end]
+    if given & _PKRU_COMPONENT:
+        (vcpu.cpu.guest.pkru,) = struct.unpack_from("<I", image, _PKRU_OFFSET)
+    _load(vcpu, state)
+    return 0
+
+
+def _load(vcpu: Vcpu, state: Fpstate) -> None:
+    """Give the processor the state, as XRSTOR would: what is not among the components is initialised."""
+    area, components, fpu = state.area, state.xfeatures, vcpu.cpu.guest.fpu
+    legacy = area if components & _FP else bytearray(_INITIAL.ljust(_XMM, b"\0"))
+    fpu.fcw, fpu.fsw, ftw, fpu.fop, fpu.fip, fpu.fdp, *_ = _LEGACY.unpack_from(legacy)
+    fpu.ftw = ftw & 0xFF
+    ffi.memmove(fpu.st, bytes(legacy[_ST : _ST + _ST_BYTES]), _ST_BYTES)
+    (mxcsr,) = struct.unpack_from("<I", area, _MXCSR)
+    fpu.mxcsr = mxcsr if components & (_SSE | _YMM) else uapi.MXCSR_INIT
     for n in range(_NR_XMM):
         low, high = _XMM + n * _XMM_BYTES, _YMM_OFFSET + n * _XMM_BYTES
-        xmm = bytes(image[low : low + _XMM_BYTES]) if given & _SSE else bytes(_XMM_BYTES)
-        ymm = bytes(image[high : high + _XMM_BYTES]) if given & _YMM else bytes(_XMM_BYTES)
+        xmm = bytes(area[low : low + _XMM_BYTES]) if components & _SSE else bytes(_XMM_BYTES)
+        ymm = bytes(area[high : high + _XMM_BYTES]) if components & _YMM else bytes(_XMM_BYTES)
         ffi.memmove(fpu.ymm[n], xmm + ymm, _YMM_BYTES)
-    guest.pkru = struct.unpack_from("<I", image, _PKRU_OFFSET)[0] if given & _PKRU_COMPONENT else 0
-    fpu.xinuse = given
-    return 0
+    fpu.xinuse = components
 
 
 # ---- XCR0 ----------------------------------------------------------------------------------------

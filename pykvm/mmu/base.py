@@ -79,6 +79,9 @@ class Mmu(abc.ABC):
         self.tlbs_dirty = False
         self.n_requested_mmu_pages = 0
         self.n_max_mmu_pages = 0
+        # Large pages are not executable, for the sake of a processor with a bug (is_nx_huge_page_enabled).
+        self.nx_huge_pages = vm.processor.itlb_multihit
+        self._nx_splits: set[int] = set()
         self.invalidate_seq = 0
         # Host ranges [start, end) whose mapping is changing right now (mmu_invalidate_in_progress).
         self._invalidating: list[tuple[int, int]] = []
@@ -263,6 +266,15 @@ class Mmu(abc.ABC):
                 return level
         return sptes.PG_LEVEL_4K
 
+    def account_nx_splits(self, tables: Iterable[int]) -> None:
+        """Count tables, by their address, that are there only because large pages are not executable."""
+        self._nx_splits.update(tables)
+        self.stat.nx_lpage_splits = len(self._nx_splits)
+
+    def is_nx_split(self, table: int) -> bool:
+        """Whether the table at an address is one of those."""
+        return table in self._nx_splits
+
     def _is_mixed(self, as_id: int, base: int, npages: int) -> bool:
         first = base >> sptes.PT64_LEVEL_BITS
         end = first + (npages >> sptes.PT64_LEVEL_BITS)
@@ -353,10 +365,17 @@ class Mmu(abc.ABC):
         if flush or self.tlbs_dirty:
             self.flush_remote_tlbs()
 
+    def _commit_zap(self, zapped: list[MmuPage]) -> None:
+        """Free zapped pages, once every processor has flushed."""
+        if self._nx_splits:
+            self._nx_splits.difference_update(page.spt_addr for page in zapped)
+            self.stat.nx_lpage_splits = len(self._nx_splits)
+        commit_zap(zapped)
+
     def _finish(self, zapped: list[MmuPage], *, flush: bool) -> None:
         if flush or zapped:
             self.flush_remote_tlbs()
-        commit_zap(zapped)
+        self._commit_zap(zapped)
 
     def _step(self, vcpu: Vcpu, addr: int, step: str) -> None:
         if trace.mmu_step.enabled:

@@ -13,7 +13,7 @@ from pykvm.abi import CData, Gfn, Gpa, lib
 from pykvm.abi.uaccess import address_of
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.base import MemoryFault, Mmu, RetPf, bitmap_words, host_access
-from pykvm.mmu.pages import Role, commit_zap
+from pykvm.mmu.pages import Role
 from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.tdp import Tdp, has_tables
 from pykvm.mmu.walk import ACC_ALL, PF_W
@@ -37,6 +37,7 @@ class PageFault:
     slots: Memslots
     gfn: Gfn
     seq: int  # mmu_invalidate_seq before anything of the host was looked at
+    fetch: bool = False
     goal_level: int = sptes.PG_LEVEL_4K
 
 
@@ -105,7 +106,8 @@ class TdpMmu(Mmu):
         self._step(vcpu, addr, "mmu_topup_memory_caches")
         slots = self._vm.memslots[vcpu.as_id]
         gfn = Gfn(addr >> 12)
-        fault = PageFault(Gpa(addr), bool(error & lib.CPU_EPT_WRITE), slots, gfn, self.invalidate_seq)
+        write, fetch = bool(error & lib.CPU_EPT_WRITE), bool(error & lib.CPU_EPT_FETCH)
+        fault = PageFault(Gpa(addr), write, slots, gfn, self.invalidate_seq, fetch)
         tdp = self.tdp_of(vcpu)
         if trace.check_mmio_spte.enabled:
             self._trace_met(tdp, gfn, slots)
@@ -161,6 +163,8 @@ class TdpMmu(Mmu):
             if found is None:
                 return None
             sptep, spte, level = found
+            if fault.fetch and not spte & sptes.X:
+                return None
             if not fault.write or spte & sptes.W:
                 vcpu.stat.pf_spurious += 1
                 return RetPf.SPURIOUS
@@ -211,13 +215,33 @@ class TdpMmu(Mmu):
         writable = host_writable and (fault.write or not slot.logging)
         if writable and slot.logging:
             self.mark_page_dirty_in_slot(slot, fault.gfn, vcpu)
-        level = fault.goal_level
+        level = self._disallowed_hugepage_adjust(tdp, fault)
         base = fault.gfn & ~(sptes.pages_per(level) - 1)
         spte = sptes.make_spte(slot.hva(base), level, writable=writable, host_writable=host_writable)
+        if self.nx_huge_pages and level > sptes.PG_LEVEL_4K:
+            spte &= ~sptes.X
         if trace.kvm_mmu_spte_requested.enabled:
             trace.kvm_mmu_spte_requested(gfn=fault.gfn, pfn=slot.hva(fault.gfn) >> 12, level=level)
         vcpu.stat.pf_fixed += 1
-        return tdp.map(fault.gfn, level, spte | sptes.ROM * slot.readonly, self.cache(vcpu))
+        flush = tdp.map(fault.gfn, level, spte | sptes.ROM * slot.readonly, self.cache(vcpu))
+        if self.nx_huge_pages and fault.fetch:
+            tables = (tdp.table(fault.gfn, at) for at in range(level, fault.goal_level))
+            self.account_nx_splits(page.spt_addr for page in tables if page is not None)
+        return flush
+
+    def _disallowed_hugepage_adjust(self, tdp: Tdp, fault: PageFault) -> int:
+        """Return the level to map: a fetch gets a small page, and what was split for one stays so."""
+        level = fault.goal_level
+        if not self.nx_huge_pages:
+            return level
+        if fault.fetch:
+            return sptes.PG_LEVEL_4K
+        while level > sptes.PG_LEVEL_4K:
+            below = tdp.table(fault.gfn, level - 1)
+            if below is None or not self.is_nx_split(below.spt_addr):
+                break
+            level -= 1
+        return level
 
     def _limit_pages(self) -> None:
         # Without any slot there is no limit yet: then the processor says what is wrong.
@@ -262,7 +286,7 @@ class TdpMmu(Mmu):
             zapped = self.pages.take_zapped()
         # Even with nothing zapped: processors hold the generation by which they tell MMIO entries.
         self.flush_remote_tlbs(reload=True)
-        commit_zap(zapped)
+        self._commit_zap(zapped)
 
     def _apply(self, tdp: Tdp, old: Memslot | None, new: Memslot | None, change: Change) -> None:
         if change in (Change.DELETE, Change.MOVE) and old is not None:
@@ -303,7 +327,7 @@ class TdpMmu(Mmu):
             for tdp in self._roots.values():
                 tdp.destroy()
             self._roots.clear()
-            commit_zap(self.pages.take_zapped())
+            self._commit_zap(self.pages.take_zapped())
             for cache in self._caches.values():
                 cache.free()
 

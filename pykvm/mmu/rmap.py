@@ -12,7 +12,7 @@ from pykvm.mmu import spte as sptes
 from pykvm.mmu.pte_list import pte_list_add, pte_list_count, pte_list_iter, pte_list_remove
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pykvm.kvm.vm import Vm
     from pykvm.mmu.pte_list import PteListDesc
@@ -39,6 +39,10 @@ class RmapHeads:
         # number >> 9 -> heads, with how many are not 0 behind them
         self._chunks: dict[int, array[int]] = {}
         self._many: dict[int, PteListDesc] = {}
+
+    def __bool__(self) -> bool:
+        """Whether something is mapped by pages of the size."""
+        return bool(self._chunks)
 
     def add(self, n: int, sptep: int) -> int:
         """Add an spte; return how many there are now."""
@@ -144,6 +148,18 @@ class Rmap:
         """Return the sptes of one page size that map the frame (for_each_rmap_spte)."""
         found = self._heads(as_id, level, gfn)
         return () if found is None else found[0].of(found[1])
+
+    def of_each(self, as_id: int, gfns: Iterable[int]) -> Iterator[int]:
+        """Yield the sptes of every size that map one of these frames; some more than once."""
+        slots = self._vm.memslots[as_id]
+        slot, used = None, []
+        for gfn in gfns:
+            if slot is None or not slot.base_gfn <= gfn < slot.end_gfn:
+                slot = slots.gfn_to_memslot(gfn)
+                rmap = () if slot is None else slot.arch.rmap or ()
+                used = [(level, heads) for level, heads in zip(LEVELS, rmap, strict=False) if heads]
+            for level, heads in used:
+                yield from heads.of(slot.arch.index(gfn, level))  # type: ignore[union-attr]
 
     def range(self, as_id: int, first: int, end: int) -> list[int]:
         """Return the sptes of every size that map a frame in [first, end)."""

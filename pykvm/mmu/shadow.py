@@ -17,7 +17,7 @@ from pykvm.mmu import walk
 from pykvm.mmu.base import KVM_MAX_HUGEPAGE_LEVEL, MemoryFault, Mmu, RetPf, host_access
 from pykvm.mmu.direct import emulate_gfn
 from pykvm.mmu.guest import GuestTables
-from pykvm.mmu.pages import MmuPage, child_role, commit_zap
+from pykvm.mmu.pages import MmuPage, child_role
 from pykvm.mmu.roots import Root, VcpuMmu, alloc_root, put_root
 from pykvm.mmu.shadow_pages import ACC_GUEST_USER, ShadowPages
 from pykvm.mmu.slots import Change, Memslot, Memslots
@@ -134,16 +134,16 @@ class ShadowMmu(Mmu):
 
     def paging_changed(self, vcpu: Vcpu) -> None:
         """CR0, CR4 or EFER changed what tables mean: another root, or one of the last few."""
+        self.flush_tlb_guest(vcpu)
+
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        """Sync every root (kvm_vcpu_flush_tlb_guest); the PDPTEs may be others, too."""
         state = self.state(vcpu)
         with self._changing_root(vcpu, state):
             self._switch_root(state, self.paging(vcpu), bool(vcpu.as_id))
-            self._sync_roots(vcpu, state)
-
-    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
-        """Sync every root (kvm_vcpu_flush_tlb_guest)."""
-        state = self.state(vcpu)
-        with self._changing_root(vcpu, state):
-            self._sync_roots(vcpu, state)
+            vcpu.stat.tlb_flush += 1
+            for root in state.roots():
+                self._sync_root(root)
 
     def invalidate_pcid(self, vcpu: Vcpu, pcid: int) -> None:
         """Sync the root if it is the PCID's, and forget its previous ones (kvm_invalidate_pcid)."""
@@ -162,11 +162,6 @@ class ShadowMmu(Mmu):
                 put_root(self.tables, root)
         if state.root is not None and state.root.pcid == pcid:
             self._sync_root(state.root)
-
-    def _sync_roots(self, vcpu: Vcpu, state: VcpuMmu) -> None:
-        vcpu.stat.tlb_flush += 1
-        for root in state.roots():
-            self._sync_root(root)
 
     @contextlib.contextmanager
     def _changing_root(self, vcpu: Vcpu, state: VcpuMmu) -> Iterator[None]:
@@ -205,7 +200,7 @@ class ShadowMmu(Mmu):
         vcpu.loaded_memslots = None
         if zapped:
             self.flush_remote_tlbs(reload=True)
-            commit_zap(zapped)
+            self._commit_zap(zapped)
 
     def _put_roots(self, state: VcpuMmu, *, obsolete_only: bool = False) -> None:
         """kvm_mmu_free_roots()."""
@@ -422,10 +417,14 @@ class ShadowMmu(Mmu):
                 access &= ~ACC_EXEC
         goal = self._mapping_level(slot, found)
         self._step(vcpu, found.gfn << 12, "mapping_level")
-        page = self._descend(vcpu, root, gla, found, access, guest, goal)
+        level = self._disallowed_hugepage_adjust(root, gla, want, goal)
+        page = self._descend(vcpu, root, gla, found, access, guest, level)
         if page is None:
             return RetPf.RETRY, False
-        level = page.role.level
+        if self.nx_huge_pages and level > sptes.PG_LEVEL_4K:
+            access &= ~ACC_EXEC
+        if self.nx_huge_pages and want.fetch and goal > level:
+            self.account_nx_splits(t.spt_addr for t in self._tables_of(root, gla) if t.role.level < goal)
         index = sptes.index(gla >> 12, level)
         gfn = Gfn(found.gfn & ~(sptes.pages_per(level) - 1))
         if trace.kvm_mmu_spte_requested.enabled:
@@ -498,6 +497,25 @@ class ShadowMmu(Mmu):
             return None
         child = self.pages.child(spte)
         return child if child.gfn == gfn and child.role == role else None
+
+    def _disallowed_hugepage_adjust(self, root: Root, gla: int, want: Access, goal: int) -> int:
+        """Return the level to map: a fetch gets a small page, and what was split for one stays so."""
+        if not self.nx_huge_pages or goal == sptes.PG_LEVEL_4K:
+            return goal
+        if want.fetch:
+            return sptes.PG_LEVEL_4K
+        split = [t.role.level for t in self._tables_of(root, gla) if self.is_nx_split(t.spt_addr)]
+        return min([goal, *split])
+
+    def _tables_of(self, root: Root, gla: int) -> Iterator[MmuPage]:
+        """Yield our tables on the way to an address, from the top."""
+        page = root.page_for(gla)
+        while page is not None:
+            yield page
+            spte = page.view[sptes.index(gla >> 12, page.role.level)]
+            if not spte & sptes.R or sptes.is_last(spte, page.role.level):
+                return
+            page = self.pages.child(spte)
 
     def _mapping_level(self, slot: Memslot, found: Walk) -> int:
         """kvm_mmu_hugepage_adjust(): as large as the guest's page, the host's, and what lies in it allow."""
@@ -630,7 +648,7 @@ class ShadowMmu(Mmu):
             self._update_limit()
             zapped = self.pages.take_zapped()
         self.flush_remote_tlbs(reload=True)
-        commit_zap(zapped)
+        self._commit_zap(zapped)
 
     def _apply_flags(self, old: Memslot, new: Memslot, as_id: int) -> None:
         if new.logging and not self._vm.dirty_log_initially_set:
@@ -657,6 +675,6 @@ class ShadowMmu(Mmu):
                 self._put_roots(state)
             self._vcpus.clear()
             self.tables.zap_all_fast()
-            commit_zap(self.pages.take_zapped())
+            self._commit_zap(self.pages.take_zapped())
             for cache in self._caches.values():
                 cache.free()

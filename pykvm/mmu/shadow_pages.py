@@ -268,11 +268,7 @@ class ShadowPages:
 
     def write_protect_log(self, as_id: int, gfns: Iterable[int]) -> bool:
         """Make the frames' next write fault for the dirty log; large pages are dropped. True: flush."""
-        flush = False
-        for gfn in gfns:
-            for level in LEVELS:
-                flush = self._protect_sptes(self.rmap.of(as_id, level, gfn)) or flush
-        return flush
+        return self._protect_sptes(self.rmap.of_each(as_id, gfns))
 
     def write_protect_slot(self, slot: Memslot) -> bool:
         """Do the same for everything that maps the slot."""
@@ -280,12 +276,19 @@ class ShadowPages:
 
     def _protect_sptes(self, found: Iterable[int]) -> bool:
         flush = False
+        # Table by table: most of what is logged is mapped by neighbours.
+        tables: dict[int, int] = {}
         for sptep in found:
-            page, index = self.pages.sptep_to_sp(sptep)
-            if page.role.level > sptes.PG_LEVEL_4K:
-                flush = self.drop_spte(page, index) or flush
-            else:
-                flush = bool(sptes.clear_bits(page.spt + index, sptes.W | sptes.DIRTY) & sptes.W) or flush
+            spt = sptep & ~0xFFF
+            tables[spt] = tables.get(spt, 0) | 1 << (sptep >> 3 & sptes.PT64_ENTRIES - 1)
+        for spt, entries in tables.items():
+            page, _ = self.pages.sptep_to_sp(spt)
+            if page.role.level == sptes.PG_LEVEL_4K:
+                flush = bool(sptes.clear_bits_of(page.spt, entries, sptes.W | sptes.DIRTY) & sptes.W) or flush
+                continue
+            for index in range(sptes.PT64_ENTRIES):
+                if entries >> index & 1:
+                    flush = self.drop_spte(page, index) or flush
         return flush
 
     def unmap(self, as_id: int, first: int, end: int) -> bool:

@@ -6,7 +6,7 @@ host *virtual* page.  Bits 52 to 62 are ours.
 
 from __future__ import annotations
 
-from pykvm.abi import CData, Spte, lib
+from pykvm.abi import CData, Spte, ffi, lib
 
 PT64_LEVEL_BITS = 9
 PT64_ENTRIES = 1 << PT64_LEVEL_BITS
@@ -124,3 +124,10 @@ def clear_bits(sptep: CData, bits: int) -> int:
         old = int(lib.spte_read(sptep))
         if lib.spte_cmpxchg(sptep, old, old & ~bits):
             return old
+
+
+def clear_bits_of(spt: CData, entries: int, bits: int) -> int:
+    """Clear bits of the present entries that `entries` has, bit 0 the first; return what any had set."""
+    mask = ffi.new("uint64_t[8]")
+    ffi.memmove(mask, entries.to_bytes(PT64_ENTRIES // 8, "little"), PT64_ENTRIES // 8)
+    return int(lib.spt_clear_bits(spt, mask, bits))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pykvm import trace
-from pykvm.abi import CData, Gfn, ffi, lib
+from pykvm.abi import CData, Gfn, lib
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MemoryCache, MmuPage, PageTable, Role
 
@@ -105,8 +105,12 @@ class Tdp:
 
     def last_table(self, gfn: int) -> MmuPage | None:
         """Return the level-1 table that covers the frame, or None."""
+        return self.table(gfn, sptes.PG_LEVEL_4K)
+
+    def table(self, gfn: int, wanted: int) -> MmuPage | None:
+        """Return the table of a level that covers the frame, or None."""
         page, level = self.root, self.root.role.level
-        while level > sptes.PG_LEVEL_4K:
+        while level > wanted:
             spte = page.view[sptes.index(gfn, level)]
             if not spte & sptes.R or spte & sptes.PS:
                 return None
@@ -169,6 +173,12 @@ class Tdp:
         self._count(lib.spte_xchg(page.spt + index, 0), 0, page.role.level)
 
     def _zap_subtree(self, page: MmuPage) -> None:
+        if page.role.level == sptes.PG_LEVEL_4K:
+            # Nothing leads here any more: the leaves go with the table.
+            present = [spte for spte in page.entries() if spte & sptes.R]
+            self.stat.count_page(sptes.PG_LEVEL_4K, -len(present))
+            self.pages.remove(page)
+            return
         for index, spte in enumerate(page.entries()):
             if not spte & sptes.R:
                 continue
@@ -224,9 +234,8 @@ class Tdp:
         high = min(-(-(end - page.gfn) // span), sptes.PT64_ENTRIES)
         if level == sptes.PG_LEVEL_4K:
             # A million pages are protected in the time Python would need for a few thousand.
-            mask = ffi.new("uint64_t[8]")
-            ffi.memmove(mask, ((1 << high) - (1 << low)).to_bytes(64, "little"), 64)
-            return bool(lib.spt_clear_bits(page.spt, mask, sptes.W | sptes.DIRTY) & sptes.W)
+            entries = (1 << high) - (1 << low)
+            return bool(sptes.clear_bits_of(page.spt, entries, sptes.W | sptes.DIRTY) & sptes.W)
         for i, spte in enumerate(page.entries()[low:high], low):
             if not sptes.is_shadow_present(spte):
                 continue

@@ -27,6 +27,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/uio.h>
 #include <termios.h>
 #include <unistd.h>
 #include <wordexp.h>
@@ -246,12 +247,26 @@ static bool load(void)
     return start && start(&settings, &api) == 0;
 }
 
+/* A page that is zero in a child that fork() made: 1 says that this memory is where VMs live. */
+static volatile char *own_memory;
+
+static bool mark_memory(void)
+{
+    void *page = REAL(mmap)(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (page == MAP_FAILED || REAL(madvise)(page, 4096, MADV_WIPEONFORK))
+        return false;
+    own_memory = page;
+    *own_memory = 1;
+    return true;
+}
+
 static bool start(void)
 {
     if (atomic_load(&started))
         return true;
     pthread_mutex_lock(&start_lock);
-    if (!atomic_load(&started) && load())
+    if (!atomic_load(&started) && mark_memory() && load())
         atomic_store(&started, true);
     pthread_mutex_unlock(&start_lock);
     return atomic_load(&started);
@@ -263,6 +278,8 @@ static void after_fork_in_child(void)
     atomic_store(&nr_ranges, 0);
     atomic_store(&ranges_sequence, 0);
     pthread_mutex_init(&start_lock, NULL);
+    if (own_memory)
+        *own_memory = 1;
 }
 
 /* ---- descriptors -------------------------------------------------------------------------------- */
@@ -497,6 +514,13 @@ static int kvm_ioctl(int fd, uint32_t request, uint64_t arg, bool *ours)
     int error = errno;
     int64_t result;
 
+    /* fork() by its system call, behind libc's back: the interpreter here is not whole, and that the
+     * memory is another's is what the kernel would say of a VM or a vCPU. */
+    if (!*own_memory) {
+        *ours = kind_of(fd) != NOT_OURS;
+        errno = EIO;
+        return -1;
+    }
     enter(&guard);
     result = api.ioctl(fd, request, arg, first_word(&guard.mask));
     if (result >= 0 && (request == KVM_CREATE_VM || request == KVM_CREATE_VCPU))
@@ -568,21 +592,104 @@ EXPORT long syscall(long number, ...)
 
 /* ---- what else can be done with a descriptor ------------------------------------------------------- */
 
-EXPORT ssize_t read(int fd, void *buffer, size_t size)
+/* No file of KVM's has data.  0, or the errno that a call fails with; `named` is for those that name
+ * a position: only the device, which is no anonymous inode, has one. */
+static int data_error(int fd) { return kind_of(fd) == NOT_OURS ? 0 : EINVAL; }
+
+static int named_error(int fd)
 {
-    if (kind_of(fd) == NOT_OURS)
-        return REAL(read)(fd, buffer, size);
-    errno = EINVAL;
-    return -1;
+    enum fd_kind kind = kind_of(fd);
+
+    return kind == NOT_OURS ? 0 : kind == SYSTEM ? EINVAL : ESPIPE;
 }
 
-EXPORT ssize_t write(int fd, const void *buffer, size_t size)
+static int room_error(int fd) { return kind_of(fd) == NOT_OURS ? 0 : ENODEV; }
+
+#define NO_DATA(type, name, error, parameters, ...)                                                \
+    EXPORT type name parameters                                                                    \
+    {                                                                                              \
+        int why = error(fd);                                                                       \
+                                                                                                   \
+        if (!why)                                                                                  \
+            return REAL(name)(fd __VA_OPT__(, ) __VA_ARGS__);                                      \
+        errno = why;                                                                               \
+        return -1;                                                                                 \
+    }
+
+NO_DATA(ssize_t, read, data_error, (int fd, void *to, size_t size), to, size)
+NO_DATA(ssize_t, write, data_error, (int fd, const void *from, size_t size), from, size)
+NO_DATA(ssize_t, readv, data_error, (int fd, const struct iovec *to, int n), to, n)
+NO_DATA(ssize_t, writev, data_error, (int fd, const struct iovec *from, int n), from, n)
+NO_DATA(ssize_t, pread, named_error, (int fd, void *to, size_t size, off_t at), to, size, at)
+NO_DATA(ssize_t, pread64, named_error, (int fd, void *to, size_t size, off64_t at), to, size, at)
+NO_DATA(ssize_t, pwrite, named_error, (int fd, const void *from, size_t size, off_t at), from, size,
+        at)
+NO_DATA(ssize_t, pwrite64, named_error, (int fd, const void *from, size_t size, off64_t at), from,
+        size, at)
+NO_DATA(ssize_t, preadv, named_error, (int fd, const struct iovec *to, int n, off_t at), to, n, at)
+NO_DATA(ssize_t, preadv64, named_error, (int fd, const struct iovec *to, int n, off64_t at), to, n,
+        at)
+NO_DATA(ssize_t, pwritev, named_error, (int fd, const struct iovec *from, int n, off_t at), from, n,
+        at)
+NO_DATA(ssize_t, pwritev64, named_error, (int fd, const struct iovec *from, int n, off64_t at),
+        from, n, at)
+NO_DATA(int, ftruncate, data_error, (int fd, off_t size), size)
+NO_DATA(int, ftruncate64, data_error, (int fd, off64_t size), size)
+NO_DATA(int, fallocate, room_error, (int fd, int mode, off_t at, off_t size), mode, at, size)
+NO_DATA(int, fallocate64, room_error, (int fd, int mode, off64_t at, off64_t size), mode, at, size)
+NO_DATA(int, fsync, data_error, (int fd))
+NO_DATA(int, fdatasync, data_error, (int fd))
+
+/* noop_llseek(): the position is 0 and stays there. */
+EXPORT off_t lseek(int fd, off_t offset, int whence)
 {
-    if (kind_of(fd) == NOT_OURS)
-        return REAL(write)(fd, buffer, size);
-    errno = EINVAL;
-    return -1;
+    return kind_of(fd) == NOT_OURS ? REAL(lseek)(fd, offset, whence) : 0;
 }
+
+EXPORT off64_t lseek64(int fd, off64_t offset, int whence)
+{
+    return kind_of(fd) == NOT_OURS ? REAL(lseek64)(fd, offset, whence) : 0;
+}
+
+/* A duplicate is what it is one of. */
+static int duplicated(int fd, int copy)
+{
+    enum fd_kind kind = copy < 0 ? NOT_OURS : kind_of(fd);
+
+    if (kind != NOT_OURS)
+        remember(copy, kind);
+    return copy;
+}
+
+EXPORT int dup(int fd) { return duplicated(fd, REAL(dup)(fd)); }
+EXPORT int dup2(int fd, int to) { return duplicated(fd, REAL(dup2)(fd, to)); }
+EXPORT int dup3(int fd, int to, int flags) { return duplicated(fd, REAL(dup3)(fd, to, flags)); }
+
+/* What the kernel says of every file that it opens on a 64-bit machine, except KVM's. */
+#define KERNELS_O_LARGEFILE 0100000
+
+#define FCNTL(name)                                                                                \
+    EXPORT int name(int fd, int command, ...)                                                      \
+    {                                                                                              \
+        va_list ap;                                                                                \
+        void *arg;                                                                                 \
+                                                                                                   \
+        va_start(ap, command);                                                                     \
+        arg = va_arg(ap, void *);                                                                  \
+        va_end(ap);                                                                                \
+        if (command == F_DUPFD || command == F_DUPFD_CLOEXEC)                                      \
+            return duplicated(fd, REAL(name)(fd, command, arg));                                   \
+        if (command == F_GETFL && (kind_of(fd) == VM || kind_of(fd) == VCPU))                      \
+            return REAL(name)(fd, command) & ~KERNELS_O_LARGEFILE;                                 \
+        if ((command == F_ADD_SEALS || command == F_GET_SEALS) && kind_of(fd) != NOT_OURS) {       \
+            errno = EINVAL;                                                                        \
+            return -1;                                                                             \
+        }                                                                                          \
+        return REAL(name)(fd, command, arg);                                                       \
+    }
+
+FCNTL(fcntl)
+FCNTL(fcntl64)
 
 /* libc asks for TCGETS without ioctl(). */
 static bool is_no_terminal(int fd)
@@ -1168,5 +1275,7 @@ __attribute__((constructor)) static void loaded(void)
     (void)REAL(execveat);
     (void)REAL(posix_spawn);
     (void)REAL(posix_spawnp);
+    (void)REAL(dup2);
+    (void)REAL(fcntl);
     pthread_atfork(NULL, NULL, after_fork_in_child);
 }

@@ -155,6 +155,10 @@ def test_direction_and_size_are_part_of_the_number(row: Ioctl, fds: Fds) -> None
             assert number == UNKNOWN_REQUEST[row.kind], f"{other:#x}"
 
 
+@pytest.mark.spec("vm.SET_PMU_EVENT_FILTER", "vm.XEN_HVM_CONFIG", "vm.XEN_HVM_ATTR", "vm.XEN_HVM_EVTCHN_SEND")
+@pytest.mark.spec("vm.HYPERV_EVENTFD", "vm.MEMORY_ENCRYPT_OP", "vm.MEMORY_ENCRYPT_REGION", "vcpu.XEN_ATTR")
+@pytest.mark.spec("sys.GET_SUPPORTED_HV_CPUID", "vcpu.GET_SUPPORTED_HV_CPUID", "vcpu.NESTED_STATE")
+@pytest.mark.spec("vcpu.MEMORY_ENCRYPT_OP", "vm.SET_MEMORY_ATTRIBUTES", "vm.CREATE_GUEST_MEMFD")
 @pytest.mark.parametrize("row", ABSENT, ids=name)
 def test_an_absent_ioctl_says_so(row: Ioctl, fds: Fds) -> None:
     with pytest.raises(pykvm.KvmError, match="not offered") as caught:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 from errno import EIO
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from pykvm import uapi
 from pykvm.abi import to_bytes
 from tests import snapshot
 from tests.abi import test_snapshot as guest64
-from tests.machine import CODE, STACK, Machine
+from tests.machine import CODE, STACK, Machine, errno_of
 
 if TYPE_CHECKING:
     import mmap
@@ -245,11 +247,40 @@ def test_a_state_that_cannot_be_is_a_shutdown(smm: Machine, field: int, value: i
     assert smm.run.flags == 0
 
 
-@pytest.mark.spec("smm.entry")
+@pytest.mark.spec("smm.entry", "fd.mm_owner")
 def test_no_memory_to_save_the_state_in(smm: Machine) -> None:
-    smm.start(HLT)
+    """Then the VM is dead: nothing can be done with it any more, and its other vCPUs stop."""
+    other = smm.ioctl(smm.vm, uapi.KVM_CREATE_VCPU, 1)
+    stats = smm.do(uapi.KVM_GET_STATS_FD)
+    smm.start(b"\xeb\xfe")
+    sregs, regs = smm.sregs, smm.regs
+    smm.ioctl(other, uapi.KVM_SET_SREGS, sregs)
+    smm.ioctl(other, uapi.KVM_SET_REGS, regs)
+    ended: list[int] = []
+
+    def spin() -> None:
+        ended.append(errno_of(lambda: smm.ioctl(other, uapi.KVM_RUN)))
+
+    thread = threading.Thread(target=spin)
+    thread.start()
     smi(smm)
     assert smm.go_errno() == EIO
+    thread.join(10)
+    assert ended == [EIO]
+    for fd, request in (
+        (smm.vcpu, uapi.KVM_RUN),
+        (smm.vcpu, uapi.KVM_GET_REGS),
+        (other, uapi.KVM_NMI),
+        (smm.vm, uapi.KVM_CHECK_EXTENSION),
+        (smm.vm, uapi.KVM_CREATE_VCPU),
+        (smm.vm, 0xDEAD),
+    ):
+        assert errno_of(lambda f=fd, r=request: smm.ioctl(f, r)) == EIO
+    # The device, and what has been opened for reading, are not concerned.
+    assert smm.ioctl(smm.kvm, uapi.KVM_GET_API_VERSION) == 12
+    assert os.pread(stats, 4, 0) == bytes(4)
+    for fd in (stats, other):
+        os.close(fd)
 
 
 @pytest.mark.spec("smm.entry", "smm.rsm", "vcpu.save_order")

@@ -58,8 +58,9 @@ def test_what_is_told_at_entry(steal: Machine) -> None:
     assert told(steal) == (1000, 7, 0, 1)
     steal.go()
     stolen, version, flags, preempted = told(steal)
-    # Garbage is made even, then odd while it is written, then even: 7, 8, 9, 10.
-    assert (version, flags, preempted) == (10, 0, 0)
+    # Garbage is made even, then odd while it is written, then even: 7, 8, 9, 10; a slow host tells it again.
+    assert (version % 2, flags, preempted) == (0, 0, 0)
+    assert version >= 10
     assert stolen >= 1000
     assert steal.ram[AREA + 20 : AREA + 64] == b"\x55" * 44
     assert steal.ram[AREA + 17 : AREA + 20] == b"\x55" * 3
@@ -150,7 +151,7 @@ def test_off_or_where_no_memory_is_nothing_is_written(steal: Machine) -> None:
     ids=hex,
 )
 def test_cpuid_rules_only_if_it_is_enforced(machine: Machine, index: int, feature: int) -> None:
-    value = 1 if index == uapi.MSR_KVM_POLL_CONTROL else 0x4001 & ~(index == uapi.MSR_KVM_WALL_CLOCK)
+    value = {uapi.MSR_KVM_POLL_CONTROL: 1, uapi.MSR_KVM_WALL_CLOCK: 0x4000}.get(index, 0x4001)
     assert machine.set_msr(index, value)
     machine.enable(machine.vcpu, uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
     assert not machine.set_msr(index, value)

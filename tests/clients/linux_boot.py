@@ -69,8 +69,6 @@ MACHINES = {
         ("-M", "pc", "-cpu", "qemu64,kvm=off", *_flash(OVMF_CODE, "readonly"), *_flash(OVMF_VARS, "snapshot"))
     ),
     "shadow": Machine(("-M", "pc", "-cpu", "qemu64,kvm=off"), extensions=("no-tdp",)),
-    "microvm": Machine(("-M", "microvm"), told=True),
-    "microvm-smp": Machine(("-M", "microvm", "-smp", "2"), told=True),
 }
 DEFAULT_MACHINES = ("kvm", "plain")
 # What a kernel says that finds KVM's own leaves in CPUID: it is told, and should be.

@@ -166,6 +166,75 @@ def test_what_it_looks_like(compile_c: Compile) -> None:
     )
 
 
+def test_no_descriptor_has_data(compile_c: Compile) -> None:
+    """Answers of Linux 6.18, for the descriptors that ioctls returned and for duplicates of them."""
+    passes(
+        compile_c("""
+            #include <sys/uio.h>
+            static void look(int fd, int named)
+            {
+                char b[4];
+                struct iovec v = {b, 4};
+                FAILS(read(fd, b, 4), EINVAL);
+                FAILS(write(fd, b, 4), EINVAL);
+                FAILS(readv(fd, &v, 1), EINVAL);
+                FAILS(writev(fd, &v, 1), EINVAL);
+                FAILS(pread(fd, b, 4, 0), named);
+                FAILS(pwrite(fd, b, 4, 0), named);
+                FAILS(preadv(fd, &v, 1, 0), named);
+                FAILS(pwritev64(fd, &v, 1, 0), named);
+                FAILS(ftruncate(fd, 0), EINVAL);
+                FAILS(fallocate(fd, 0, 0, 4096), ENODEV);
+                FAILS(fsync(fd), EINVAL);
+                FAILS(fcntl(fd, F_GET_SEALS), EINVAL);
+                CHECK(lseek(fd, 5, SEEK_SET) == 0 && lseek64(fd, 0, SEEK_END) == 0);
+                CHECK(named == EINVAL || fcntl(fd, F_GETFL) == O_RDWR);
+            }
+            static void look_at_copies(int fd, int named)
+            {
+                look(fd, named);
+                look(dup(fd), named);
+                look(dup2(fd, 100), named);
+                look(dup3(fd, 101, O_CLOEXEC), named);
+                look(fcntl(fd, F_DUPFD_CLOEXEC, 102), named);
+            }
+            int main(void)
+            {
+                int kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+                look_at_copies(kvm, EINVAL);
+                look_at_copies(vm, ESPIPE);
+                look_at_copies(vcpu, ESPIPE);
+                FAILS(mmap(NULL, 4096, PROT_READ, MAP_SHARED, dup(vm), 0), ENODEV);
+                /* The number is another file's by now. */
+                int ends[2];
+                CHECK(pipe(ends) == 0 && dup2(ends[1], vcpu) == vcpu);
+                CHECK(write(vcpu, "x", 1) == 1 && ioctl(vcpu, KVM_RUN, 0) == -1);
+                return 0;
+            }
+            """)
+    )
+
+
+def test_descriptors_are_closed_all_at_once(compile_c: Compile) -> None:
+    """As a daemon does: its own, and with those it does not know pykvm's."""
+    passes(
+        compile_c("""
+            int kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+            struct kvm_regs regs;
+            for (int fd = 3; fd < 2000; fd++)
+                if (fd != kvm && fd != vm && fd != vcpu) close(fd);
+            CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0 && ioctl(vm, KVM_CREATE_VCPU, 1) >= 0);
+            CHECK(syscall(SYS_close_range, 3, ~0U, 0) == 0);
+            FAILS(ioctl(vcpu, KVM_GET_REGS, &regs), EBADF);
+            for (int i = 0; i < 3; i++) {
+                vm = ioctl(device(), KVM_CREATE_VM, 0);
+                CHECK(ioctl(ioctl(vm, KVM_CREATE_VCPU, 0), KVM_GET_REGS, &regs) == 0);
+                closefrom(3);
+            }
+            """)
+    )
+
+
 @pytest.mark.spec("fd.nr_reuse")
 def test_a_request_passed_through_int_arrives_sign_extended(compile_c: Compile) -> None:
     passes(
@@ -206,6 +275,27 @@ def test_fork(compile_c: Compile) -> None:
                 }
                 CHECK(wait(&status) > 0 && status == 0);
             }
+            CHECK(ioctl(vm, KVM_CREATE_VCPU, 1) >= 0);
+            """)
+    )
+
+
+@pytest.mark.spec("fd.mm_owner")
+def test_fork_and_vfork_by_their_system_calls(compile_c: Compile) -> None:
+    """libc's fork handlers do not run in the first; the second's child has the same memory."""
+    passes(
+        compile_c("""
+            int kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0), status;
+            int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+            struct kvm_regs regs;
+            if (!syscall(SYS_fork)) {
+                FAILS(ioctl(vcpu, KVM_GET_REGS, &regs), EIO);
+                FAILS(ioctl(vm, KVM_CREATE_VCPU, 1), EIO);
+                _exit(0);
+            }
+            CHECK(wait(&status) > 0 && status == 0);
+            if (!vfork()) _exit(ioctl(vcpu, KVM_GET_REGS, &regs));
+            CHECK(wait(&status) > 0 && status == 0);
             CHECK(ioctl(vm, KVM_CREATE_VCPU, 1) >= 0);
             """)
     )
@@ -407,6 +497,73 @@ def test_the_guest_sees_what_becomes_of_its_memory(compile_c: Compile) -> None:
             """
         )
     )
+
+
+def test_kvm_run_may_be_mapped_twice_or_not_at_all(compile_c: Compile) -> None:
+    passes(
+        compile_c(
+            GUEST
+            + """
+            int main(void)
+            {
+                GUEST(READ_AND_OUT);
+                struct kvm_run *second = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, dup(vcpu), 0);
+                out();
+                CHECK(second->exit_reason == KVM_EXIT_IO && second->io.port == 0x10);
+                munmap(run, 12288);
+                munmap(second, 4096);
+                CHECK(ioctl(vcpu, KVM_RUN, 0) == 0);
+                run = mmap(NULL, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+                out();
+                CHECK(memory[0x6000] == 3);
+                return 0;
+            }
+            """
+        )
+    )
+
+
+def test_vcpu_threads_come_and_go(compile_c: Compile) -> None:
+    """Each with little stack; the main one first, and last of all the process in the middle of KVM_RUN."""
+    program = compile_c(
+        GUEST
+        + """
+        static void *once(void *arg) { out(); return NULL; }
+        static void *forever(void *arg)
+        {
+            /* jmp . */
+            memory[0x1000] = 0xeb; memory[0x1001] = 0xfe;
+            struct kvm_regs regs = {.rip = 0x1000, .rflags = 2};
+            CHECK(ioctl(vcpu, KVM_SET_REGS, &regs) == 0);
+            ioctl(vcpu, KVM_RUN, 0);
+            return NULL;
+        }
+        static void *rest(void *arg)
+        {
+            pthread_attr_t small;
+            pthread_t thread;
+            pthread_attr_init(&small);
+            CHECK(pthread_attr_setstacksize(&small, 32768) == 0);
+            for (int i = 0; i < 20; i++) {
+                CHECK(pthread_create(&thread, &small, once, NULL) == 0);
+                pthread_join(thread, NULL);
+            }
+            CHECK(memory[0x6000] == 20);
+            CHECK(ioctl(ioctl(device(), KVM_CREATE_VM, 0), KVM_CREATE_VCPU, 0) >= 0);
+            CHECK(pthread_create(&thread, NULL, forever, NULL) == 0);
+            usleep(50000);
+            exit(7);
+        }
+        int main(void)
+        {
+            pthread_t thread;
+            GUEST(READ_AND_OUT);
+            CHECK(pthread_create(&thread, NULL, rest, NULL) == 0);
+            pthread_exit(NULL);
+        }
+        """
+    )
+    assert execute(program).returncode == 7
 
 
 @pytest.mark.spec("vm.memslot_sync")

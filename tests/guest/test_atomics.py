@@ -44,6 +44,13 @@ def share(first: Machine, second: Machine) -> None:
         second.map(gpa)
 
 
+def apart(m: Machine) -> None:
+    """Have the second page somewhere else in memory."""
+    m.map(PAGE + 0x1000, target=0x180000)
+    m.map(0x102000, target=0x190000)
+    m.map(0x103000, target=0x1A0000)
+
+
 def prepare(m: Machine, source: str, at: int) -> None:
     m.asm(f"1: {source}; dec rdi; jnz 1b; hlt", CODE)
     m.long64(CODE)
@@ -67,6 +74,20 @@ def test_processors_add(name: str, place: str) -> None:
         prepare(m, ADDERS[name], PLACES[place])
     together(*(threading.Thread(target=m.run, args=(lib.EXIT_HLT, 60)) for m in (first, second)))
     assert first.read(PLACES[place]) == 2 * LOOPS
+
+
+@pytest.mark.spec("cpu.atomics_smp", "cpu.xchg_cmpxchg")
+@pytest.mark.parametrize("name", ADDERS)
+def test_pages_that_the_host_has_apart(name: str) -> None:
+    first, second = Machine(), Machine()
+    share(first, second)
+    for m in (first, second):
+        prepare(m, ADDERS[name], PLACES["across pages"])
+        apart(m)
+    together(*(threading.Thread(target=m.run, args=(lib.EXIT_HLT, 60)) for m in (first, second)))
+    at, split = PLACES["across pages"], 0x1000 - 0xFFB
+    value = first.read(at, split) | first.read(0x180000, 8 - split) << 8 * split
+    assert value == 2 * LOOPS
 
 
 @pytest.mark.spec("cpu.atomics_smp", "cpu.xchg_cmpxchg")

@@ -31,13 +31,17 @@ class Flat:
         self.vm = self._stack.enter_context(kvm.create_vm())
         self.low = self.vm.add_memory(0, LOW)
         self.vcpus: list[Vcpu] = []
-        cpuid = kvm.supported_cpuid()
-        for n in range(vcpus):
-            vcpu = self._stack.enter_context(self.vm.create_vcpu(n))
-            vcpu.set_cpuid(cpuid)
-            self._flat_mode(vcpu)
-            self.vcpus.append(vcpu)
+        self._cpuid = kvm.supported_cpuid()
+        for _ in range(vcpus):
+            self.add_vcpu()
         self.slots = 1
+
+    def add_vcpu(self) -> None:
+        """Make one more vCPU."""
+        vcpu = self._stack.enter_context(self.vm.create_vcpu(len(self.vcpus)))
+        vcpu.set_cpuid(self._cpuid)
+        self._flat_mode(vcpu)
+        self.vcpus.append(vcpu)
 
     def close(self) -> None:
         """Take it down; the auditor has the last word."""
@@ -161,7 +165,9 @@ def listen(names: str) -> Iterator[list[Event]]:
 
 def steps(seen: list[Event], gpa: int | None = None) -> list[str]:
     """Return the steps of mmu_step events, those of faults on one frame only if there is a gpa."""
-    return [str(f["step"]) for name, f in seen if name == "mmu_step" and gpa in (None, int(str(f["gfn"])) << 12)]
+    return [
+        str(f["step"]) for name, f in seen if name == "mmu_step" and gpa in (None, int(str(f["gfn"])) << 12)
+    ]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ one above at PD.
 from __future__ import annotations
 
 import contextlib
+import os
+import struct
 from typing import TYPE_CHECKING
 
 from pykvm import device, trace
@@ -41,6 +43,20 @@ FULL = P | W | U | A | D
 _CODE64, _CODE32, _DATA = (0xB, 1, 0), (0xB, 0, 1), (3, 0, 1)
 
 
+class BinaryStats:
+    """What a KVM_GET_STATS_FD descriptor says, by name."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        _, name_size, count, _, descs, data = struct.unpack("<6I", os.pread(fd, 24, 0))
+        row = struct.Struct(f"<IhHII{name_size}s")
+        rows = row.iter_unpack(os.pread(fd, row.size * count, descs))
+        self.offsets = {name.rstrip(b"\0").decode(): data + at for *_, at, _, name in rows}
+
+    def __getitem__(self, name: str) -> int:
+        return int.from_bytes(os.pread(self.fd, 8, self.offsets[name]), "little")
+
+
 class PagingGuest:
     """`width`: 57 and 64 long mode with 5 and 4 levels, 36 PAE, 32 two levels, 0 no paging."""
 
@@ -52,6 +68,7 @@ class PagingGuest:
         self.cr4 = cr4
         self.entry = 4 if width == 32 else 8
         self._stack = contextlib.ExitStack()
+        self._stats: list[BinaryStats] | None = None
         kvm = self._stack.enter_context(Kvm(tdp=tdp))
         self.vm = self._stack.enter_context(kvm.create_vm())
         self.ram = self.vm.add_memory(0, SIZE, log_dirty=log_dirty)
@@ -212,7 +229,12 @@ class PagingGuest:
     # ---- what the MMU has ----
 
     def stat(self, name: str) -> int:
-        return self.vm.mmu.stat()[name]
+        """Read one of the kernel's binary statistics: the VM's, or the sum of its vCPUs'."""
+        if self._stats is None:
+            self._stats = [BinaryStats(each.ioctl(uapi.KVM_GET_STATS_FD)) for each in (self.vm, *self.vcpus)]
+            for stats in self._stats:
+                self._stack.callback(os.close, stats.fd)
+        return sum(stats[name] for stats in self._stats if name in stats.offsets)
 
     @property
     def kernel(self) -> KernelVm:

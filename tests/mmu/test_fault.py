@@ -10,10 +10,11 @@ import pytest
 from pykvm.abi import ffi, lib, uapi
 from pykvm.mmu import base, direct, pages, shadow
 from pykvm.mmu import spte as sptes
-from tests.mmu.driver import LARGE, PS, TEST, Driver, P, U, W
+from tests.mmu.driver import LARGE, PS, TEST, Driver, U, W
 from tests.mmu.flat import AREA, EFAULT, ENOMEM, Flat, Hlt, Mmio, Shutdown, fails, listen, steps
 from tests.mmu.guest import FRAMES, FULL, ROOT, PagingGuest
 from tests.mmu.guest import TEST as PAGED
+from tests.mmu.reference import P
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,11 +24,21 @@ if TYPE_CHECKING:
 READ, READ_WRITE, NONE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE, 0
 LOG = uapi.KVM_MEM_LOG_DIRTY_PAGES
 MIB2, GIB = 2 << 20, 1 << 30
-COUNTERS = ("pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest")
+COUNTERS = (
+    "pf_taken",
+    "pf_fixed",
+    "pf_emulate",
+    "pf_spurious",
+    "pf_fast",
+    "pf_mmio_spte_created",
+    "pf_guest",
+)
 GAUGES = ("pages_4k", "pages_2m", "pages_1g")
 
 
-def changes(guest: Flat | PagingGuest, do: Callable[[], object], names: tuple[str, ...] = COUNTERS) -> dict[str, int]:
+def changes(
+    guest: Flat | PagingGuest, do: Callable[[], object], names: tuple[str, ...] = COUNTERS
+) -> dict[str, int]:
     """Return the statistics that something moves, and by how much."""
     before = guest.vm.mmu.stat()
     do()
@@ -584,7 +595,7 @@ def test_a_fault_that_another_vcpu_has_handled_is_spurious(new_flat: NewFlat) ->
     memory.set_word(0, 5)
     for n in (0, 1):
         flat.finish("hlt", n)
-    states = []
+    states: list[Any] = []
 
     def while_in_the_fault(_: str, fields: Any) -> None:
         if fields["vcpu"] == 0 and fields["gfn"] == AREA >> 12 and not states:
@@ -600,10 +611,8 @@ def test_a_fault_that_another_vcpu_has_handled_is_spurious(new_flat: NewFlat) ->
     after = flat.stats("pf_spurious", "pf_fixed", "pf_taken")
     assert tuple(b - a for a, b in zip(before, after, strict=True)) == (1, 1, 2)
     # D, which the processor sets, is all that has changed.
-    now = [
-        (page.gfn, tuple(entry & ~sptes.DIRTY for entry in page.entries)) for page in flat.vm.mmu.pages()
-    ]
-    assert now == [(gfn, tuple(entry & ~sptes.DIRTY for entry in es)) for gfn, es in states[1]]  # type: ignore[union-attr,attr-defined]
+    now = [(page.gfn, tuple(entry & ~sptes.DIRTY for entry in page.entries)) for page in flat.vm.mmu.pages()]
+    assert now == [(gfn, tuple(entry & ~sptes.DIRTY for entry in es)) for gfn, es in states[1]]
     assert memory.word(0) == 7
 
 
@@ -681,7 +690,9 @@ def test_host_pages_that_are_not_there_are_not_fetched_for_a_guess() -> None:
 
 @pytest.mark.parametrize("what", ["none", "read-only", "unmapped", "beyond the file"])
 @pytest.mark.spec("mmu.abnormal_pfn")
-def test_host_memory_that_is_not_there_is_efault_with_its_address(flat: Flat, what: str, tmp_path: Any) -> None:
+def test_host_memory_that_is_not_there_is_efault_with_its_address(
+    flat: Flat, what: str, tmp_path: Any
+) -> None:
     """KVM_RUN: EFAULT, KVM_EXIT_MEMORY_FAULT says where; the guest goes on when it is there again."""
     memory = flat.memory(AREA, 0x8000)
     flat.write(AREA + 0x5000, 1)

@@ -10,8 +10,9 @@ import pytest
 from pykvm import trace
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.base import Mmu
-from tests.mmu.driver import HOLE, TABLES, TEST, A, D, Driver, P, U, W
+from tests.mmu.driver import HOLE, TABLES, TEST, A, D, Driver, U, W
 from tests.mmu.flat import AREA, Exit, Flat, Hlt, Mmio, listen, steps
+from tests.mmu.reference import P
 
 if TYPE_CHECKING:
     from tests.mmu.conftest import NewFlat
@@ -36,7 +37,7 @@ def mmio_sptes(flat: Flat) -> list[int]:
 def test_the_first_access_leaves_an_mmio_spte_and_the_others_take_no_fault(flat: Flat) -> None:
     flat.finish("hlt")
     source = f"mov eax, [{AREA + 0x18:#x}]; mov [{AREA + 0x20:#x}], eax; mov al, [{AREA + 0x7FF:#x}]; hlt"
-    exits = []
+    exits: list[list[tuple[int, int | bytes, bool]]] = []
     for turn in range(3):
         before = flat.stats("pf_taken", "pf_emulate", "pf_mmio_spte_created")
         with listen("mark_mmio_spte") as seen:
@@ -144,7 +145,7 @@ def test_a_slot_that_comes_while_an_mmio_spte_is_made(flat: Flat) -> None:
     memory = flat.memory(2 * AREA, 0x1000)
     memory.set_word(0, 0x1234)
     flat.finish("hlt")
-    done = []
+    done: list[int] = []
 
     def publish(_: str, fields: Any) -> None:
         if fields["step"] == "handle_abnormal_pfn" and fields["gfn"] == AREA >> 12 and not done:
@@ -163,7 +164,9 @@ def test_a_slot_that_comes_while_an_mmio_spte_is_made(flat: Flat) -> None:
     assert steps(seen, AREA).count("handle_abnormal_pfn") == 1
 
 
-@pytest.mark.spec("mmu.mmio_gen_inprogress", "mmu.mmio_gen", "mmu.slot_delete_zap", "vm.memslot_sync", "mmu.smp_flush")
+@pytest.mark.spec(
+    "mmu.mmio_gen_inprogress", "mmu.mmio_gen", "mmu.slot_delete_zap", "vm.memslot_sync", "mmu.smp_flush"
+)
 def test_slots_come_and_go_under_running_vcpus(new_flat: NewFlat) -> None:
     """After KVM_SET_USER_MEMORY_REGION has returned, no access is done as before it."""
     flat = new_flat(vcpus=2)
@@ -247,7 +250,7 @@ def test_a_deleted_slot_makes_every_shadow_page_obsolete(new_flat: NewFlat, mode
         flat.slot(1, AREA, memory)
         for n in (0, 1):
             flat.write(AREA + 0x1000 * n, 1, n)
-        mmu = flat.vm.mmu._vm.mmu
+        mmu: Any = flat.vm.mmu._vm.mmu
         generation, old = mmu.pages.mmu_valid_gen, {page.spt for page in flat.vm.mmu.pages()}
         assert {page.mmu_valid_gen for page in mmu.pages} == {generation}
         zapped, reloads = flat.stat("mmu_shadow_zapped"), [vcpu.loaded_memslots for vcpu in flat_vcpus(flat)]

@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pykvm.abi import uapi
+from pykvm.mmu.guest import GuestTables
+from tests.guest.bare import assemble
+from tests.mmu.driver import FRAMES as DATA
+from tests.mmu.driver import TABLES, WORD, Driver
 from tests.mmu.guest import (
     CODE,
     FRAMES,
     FULL,
+    IDT,
     NX,
+    PD,
     PS,
     PT,
     ROOT,
@@ -153,6 +160,57 @@ def test_an_upper_table_written_by_the_guest(new_guest: NewGuest, width: int) ->
         assert guest.stat("mmu_pte_write") == 1
 
 
+@pytest.mark.spec("mmu.pae_pdptrs")
+def test_pdptes_are_latched(new_guest: NewGuest) -> None:
+    """Another PDPTE counts from MOV CR3, or from a write to CR4 that says so; a bad one is #GP and changes nothing."""
+    guest = new_guest(width=36)
+    other_pd, other_pt, pdpte = 0x30000, 0x31000, ROOT + 8
+    for table, frame in ((PT, FRAMES), (other_pt, FRAMES + 0x1000)):
+        guest.write(table, frame | FULL)
+    guest.write(other_pd, other_pt | P | W | U | A)
+    guest.write(FRAMES, 1, 4)
+    guest.write(FRAMES + 0x1000, 2, 4)
+    code, _ = assemble("pop eax; mov eax, 0x60D; out 0x10, eax", 0x8800, 32, ())
+    guest.ram[0x8800 : 0x8800 + len(code)] = code
+    guest.write(IDT + 13 * 8, 0x8E00 << 32 | 8 << 16 | 0x8800, 8)
+    new = f"mov dword ptr [{pdpte}], {other_pd | P}"
+    guest.begin(f"""
+        mov esi, {TEST}; mov eax, [esi]; STOP
+        {new}; invlpg [esi]; mov eax, [esi]; STOP
+        mov ecx, cr4; xor ecx, 0x200; mov cr4, ecx; mov eax, [esi]; STOP
+        xor ecx, 0x80; mov cr4, ecx; mov eax, [esi]; STOP
+        mov dword ptr [{pdpte}], {PD | P}; mov ecx, {ROOT}; mov cr3, ecx; mov eax, [esi]; STOP
+        mov dword ptr [{pdpte}], {other_pd | P | W}; mov ebx, cr3; mov cr3, ecx; hlt""")
+    assert [guest.go() for _ in range(4)] == [1, 1, 2, 1]
+    assert guest.go() == 0x60D
+    assert guest.vcpu.sregs.cr3 == ROOT
+    assert guest.finish("mov esi, 0x40000000; mov eax, [esi]; hlt") == 1
+    # A PDPTE that is not present has nothing reserved.
+    source = f"mov dword ptr [{pdpte}], {W}; mov ecx, cr3; mov cr3, ecx; mov esi, {TEST}; mov eax, [esi]; hlt"
+    assert guest.fault(source) == (0, TEST)
+
+
+@pytest.mark.spec("mmu.global_pages")
+def test_global_pages(new_guest: NewGuest) -> None:
+    """They may outlive MOV CR3, but no INVLPG and no write to CR4.PGE."""
+    guest = new_guest(width=64)
+    old, new = FRAMES, FRAMES + 0x1000
+    guest.write(old, 1, 4)
+    guest.write(new, 2, 4)
+    guest.map(0, old, FULL | G)
+    guest.map(1, old, FULL | G)
+    change = "; ".join(f"mov dword ptr [{guest.pte(n)}], {new | FULL | G}" for n in (0, 1))
+    guest.begin(f"""
+        mov rcx, cr4; or rcx, 0x80; mov cr4, rcx
+        mov rsi, {TEST}; mov eax, [rsi]; mov eax, [rsi + 0x1000]; {change}
+        mov rdx, cr3; mov cr3, rdx; mov eax, [rsi]; STOP
+        invlpg [rsi]; mov eax, [rsi]; STOP
+        xor rcx, 0x80; mov cr4, rcx; mov eax, [rsi + 0x1000]; hlt""")
+    assert int(guest.vcpu.regs.rax) in {1, 2}
+    assert guest.go() == 2
+    assert guest.go() == 2
+
+
 @pytest.mark.spec("mmu.gbpages", "cpu.large_pages", "mmu.pse36")
 def test_large_pages(new_guest: NewGuest) -> None:
     guest = new_guest(width=64)
@@ -258,3 +316,105 @@ def test_walk_shows_every_level(guest: PagingGuest) -> None:
     assert guest.vm.walk(guest.vcpu, TEST + 0x5000).fault == 0
     (page, index), *_ = guest.vm.mmu.rmap(FRAMES >> 12)
     assert page.entries[index] & 1
+
+
+@WIDTHS
+@pytest.mark.spec("mmu.walk_addr", "mmu.security")
+def test_a_table_where_there_is_no_memory_is_not_present(new_guest: NewGuest, width: int) -> None:
+    """Not even MMIO: nobody is asked for entries, the guest gets #PF."""
+    guest = new_guest(width=width)
+    nowhere = 0xD000_0000
+    guest.write(guest.pde(1), nowhere | P | W | U | A)
+    span = 1 << (22 if width == 32 else 21)
+    assert guest.fault(f"mov rsi, {TEST + span}; mov eax, [rsi]; hlt") == (0, TEST + span)
+    assert guest.fault(f"mov rsi, {TEST + span}; mov [rsi], eax; hlt") == (2, TEST + span)
+    memory = guest.vm.add_memory(nowhere, 0x1000, slot=1)
+    memory[: guest.entry] = (FRAMES | FULL).to_bytes(guest.entry, "little")
+    guest.write(FRAMES, 9, 4)
+    assert guest.finish(f"mov rsi, {TEST + span}; mov eax, [rsi]; hlt") == 9
+
+
+@WIDTHS
+@pytest.mark.spec("mmu.walk_addr", "mmu.ad_bits")
+def test_a_walk_starts_anew_when_an_entry_changes_under_it(
+    new_shadow: NewGuest, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading an entry and setting its A bit: what counts is what is there then."""
+    guest = new_shadow(width=width)
+    guest.map(0, FRAMES, P | W | U)
+    guest.write(FRAMES, 1, 4)
+    guest.write(FRAMES + 0x1000, 2, 4)
+    real = GuestTables.set_gpte_bits
+    seen: list[int] = []
+
+    def set_gpte_bits(self: GuestTables, gpa: int, hva: int, size: int, entry: int, bits: int) -> int | None:
+        if gpa == guest.pte(0) and not seen:
+            guest.map(0, FRAMES + 0x1000, P | W | U)
+            seen.append(entry)
+        return real(self, gpa, hva, size, entry, bits)
+
+    monkeypatch.setattr(GuestTables, "set_gpte_bits", set_gpte_bits)
+    assert guest.finish(f"mov rsi, {TEST}; mov eax, [rsi]; hlt") == 2
+    assert seen == [FRAMES | P | W | U]
+    assert guest.read(guest.pte(0)) == FRAMES + 0x1000 | P | W | U | A
+
+
+@WIDTHS
+@pytest.mark.spec("mmu.ad_bits", "mmu.dirty_log", "mmu.walk_addr")
+def test_setting_accessed_and_dirty_is_a_write_to_the_table(new_guest: NewGuest, width: int) -> None:
+    """It is logged once it happened, and only then; a fault sets nothing."""
+    guest = new_guest(width=width, log_dirty=True)
+    guest.map(0, FRAMES, P | W | U)
+    guest.map(1, FRAMES + 0x1000, P | U)
+    read, write = f"mov rsi, {TEST}; mov eax, [rsi]; hlt", f"mov rsi, {TEST}; mov [rsi], eax; hlt"
+
+    def logged(address: int) -> bool:
+        return bool(int.from_bytes(guest.vm.dirty_log(0), "little") >> (address >> 12) & 1)
+
+    guest.finish("hlt")
+    logged(PT)
+    assert guest.fault(f"mov rsi, {TEST + 0x1000}; mov [rsi], eax; hlt")[0] == 3
+    assert not logged(PT)
+    assert guest.read(guest.pte(1)) & (A | D) == 0
+    for source, expected in ((read, True), (read, False), (write, True), (write, False)):
+        guest.finish(source)
+        assert logged(PT) == expected
+    assert guest.read(guest.pte(0)) & (A | D) == A | D
+
+
+@pytest.mark.parametrize("smep", [False, True])
+@pytest.mark.spec("mmu.cr0_wp_emul", "mmu.role.cr0_wp", "mmu.role.smep_smap")
+def test_a_supervisors_write_with_cr0_wp_clear_takes_the_page_from_the_user(smep: bool) -> None:
+    """The entry gives W for U, and X too under SMEP; a user's read turns it round again."""
+    driver = Driver(tdp=False, width=64)
+    try:
+        vcpu, table, frame = driver.vcpus[0], TABLES, DATA
+        driver.poke(driver.pde(0, 0), table | FULL, 8)
+        driver.poke(table, frame | P | U | A | D, 8)
+        driver.poke(frame + WORD, 7, 4)
+
+        def bits() -> str:
+            return driver.vm.walk(vcpu, TEST).sptes[-1].bits
+
+        if smep:
+            driver.do(vcpu, "cr4", rax=driver.initial_cr4 | uapi.X86_CR4_SMEP)
+        driver.do(vcpu, "cr0", rax=driver.initial_cr0 & ~uapi.X86_CR0_WP)
+        la = TEST + WORD
+        assert driver.do(vcpu, "read", user=True, rbx=la).value == 7
+        assert bits().startswith("R X U")
+        assert driver.do(vcpu, "write", rbx=la, rax=8).kind == "ok"
+        assert bits().startswith("R W A" if smep else "R W X A")
+        assert "guest-user" in bits()
+        assert driver.do(vcpu, "read", user=True, rbx=la).value == 8
+        assert bits().startswith("R X U")
+        fault = driver.do(vcpu, "write", user=True, rbx=la, rax=9)
+        assert (fault.kind, fault.error, fault.address) == ("fault", 7, la)
+        assert driver.do(vcpu, "write", rbx=la, rax=10).kind == "ok"
+        # Set again, without any invalidation: the page was made for WP clear.
+        driver.do(vcpu, "cr0", rax=driver.initial_cr0)
+        fault = driver.do(vcpu, "write", rbx=la, rax=11)
+        assert (fault.kind, fault.error) == ("fault", 3)
+        assert driver.peek(frame + WORD, 4) == 10
+        assert driver.vm.mmu.audit() == []
+    finally:
+        driver.close()

@@ -9,7 +9,6 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,8 @@ from pykvm.kvm.memslots import invalidate_range_end, invalidate_range_start
 from tests.mmu.flat import AREA, EFAULT, Flat, Hlt, Memory, fails
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from tests.mmu.conftest import NewFlat
 
 READ, READ_WRITE, NONE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE, 0
@@ -73,7 +74,9 @@ def test_the_notifier_knows_every_slot_and_frame_of_a_host_page(flat: Flat) -> N
 
 
 @contextmanager
-def running(flat: Flat, source: str, **regs: Callable[[int], int]) -> Iterator[list[list[tuple[int, int | None]]]]:
+def running(
+    flat: Flat, source: str, **regs: Callable[[int], int]
+) -> Iterator[list[list[tuple[int, int | None]]]]:
     """Run the source on every vCPU in a thread of its own; yields per vCPU (turn, what OUT gave).
 
     turn: `Turn.now` before that KVM_RUN.  KVM_RUN's EFAULT is None, and it is tried again.
@@ -96,7 +99,7 @@ def running(flat: Flat, source: str, **regs: Callable[[int], int]) -> Iterator[l
                     continue
                 assert isinstance(found, Io), found
                 seen[n].append((turn, int.from_bytes(found.data, "little")))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  told to the test
             errors.append(error)
 
     Turn.now = 0
@@ -204,7 +207,9 @@ def test_no_write_lands_after_mprotect_has_returned(new_flat: NewFlat, vcpus: in
         for _ in range(3):
             before = memory.read(0, 16)
             deadline = time.monotonic() + 20
-            while any(memory.read(0, 16)[n * 4 : n * 4 + 4] == before[n * 4 : n * 4 + 4] for n in range(vcpus)):
+            while any(
+                memory.read(0, 16)[n * 4 : n * 4 + 4] == before[n * 4 : n * 4 + 4] for n in range(vcpus)
+            ):
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
             memory.protect(0, PAGE, READ)

@@ -11,10 +11,12 @@ from pykvm.abi import lib, uapi
 from pykvm.client import Kvm
 from pykvm.fd import table
 from pykvm.mmu import pages, roots
+from pykvm.mmu import spte as sptes
 from pykvm.mmu.pages import MmuPage
-from tests.mmu.driver import FRAMES, TABLES, TEST, A, D, Driver, P, U, W
+from tests.mmu.driver import FRAMES, TABLES, TEST, A, D, Driver, U, W
 from tests.mmu.flat import AREA, Flat, Mmio, fails, listen
 from tests.mmu.guest import TEST as PAGED
+from tests.mmu.reference import P
 
 if TYPE_CHECKING:
     from tests.mmu.conftest import NewFlat, NewGuest
@@ -87,7 +89,7 @@ def test_a_guest_runs_right_with_few_tables(flat: Flat) -> None:
         for gpa in gpas[:20]:
             flat.read(gpa)
     rounds = flat.stat("mmu_recycled") - was
-    assert rounds in range(0, 60)
+    assert rounds in range(60)
     assert seen
 
 
@@ -324,3 +326,48 @@ def test_registers_set_by_the_client_give_a_context_anew(new_guest: NewGuest, wi
             guest.vcpu.run()
         assert guest.vm.mmu.audit() == []
         guest.vcpu.set_sregs(before)
+
+
+# ---- processors on which a large page must not be executable
+
+
+@pytest.mark.spec("mmu.nx_hugepage")
+def test_executable_large_pages_are_split_on_processors_with_the_bug(new_flat: NewFlat) -> None:
+    """iTLB multihit: a large page is no code; code gets pages of 4 KiB, and what is beside it stays small."""
+    flat = new_flat(cpu="skylake")
+    memory = flat.memory(AREA, 4 << 20)
+    flat.read(AREA + 0x5000)
+    (spte,) = flat.sptes(AREA)
+    assert flat.levels(AREA) == [2]
+    assert not spte & sptes.X
+    before = flat.stats("nx_lpage_splits", "pages_2m")
+    assert before[0] == 0
+    memory.write(0x5000, b"\xb8\x07\0\0\0\x01\x05\x10\x60\x00\x04\xf4")  # mov eax, 7; add [0x4006010], eax; hlt
+    assert flat.finish("jmp ebx", rbx=AREA + 0x5000) == 7
+    assert memory.word(0x6010) == 7
+    assert (flat.levels(AREA + 0x5000), flat.levels(AREA + 0x6000)) == ([1], [1])
+    assert flat.stats("nx_lpage_splits", "pages_2m") == (1, before[1] - 1)
+    # The other large page of the slot is large, and data beside code does not undo the split.
+    flat.write(AREA + MIB2, 1)
+    flat.write(AREA + 0x9000, 1)
+    assert flat.levels(AREA + MIB2) == [2]
+    assert flat.finish("jmp ebx", rbx=AREA + 0x5000) == 7
+    assert flat.stat("nx_lpage_splits") == 1
+    flat.slot(1, AREA, memory, delete=True)
+    assert flat.stat("nx_lpage_splits") == 0
+
+
+@pytest.mark.parametrize("how", ["processor", "capability"])
+@pytest.mark.spec("mmu.nx_hugepage")
+def test_without_the_bug_or_with_the_mitigation_disabled_code_may_be_large(how: str, mode: str) -> None:
+    flat = Flat(tdp=mode == "tdp", cpu="icelake" if how == "processor" else "skylake", vcpus=0)
+    try:
+        flat.vm.enable_cap(uapi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES, 0) if how == "capability" else None
+        flat.add_vcpu()
+        memory = flat.memory(AREA, 4 << 20)
+        memory.write(0x5000, b"\xb8\x07\0\0\0\xf4")
+        assert flat.finish("jmp ebx", rbx=AREA + 0x5000) == 7
+        assert flat.levels(AREA + 0x5000) == [2]
+        assert flat.stat("nx_lpage_splits") == 0
+    finally:
+        flat.close()

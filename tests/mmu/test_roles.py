@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pykvm.abi import uapi
+from tests.guest.bare import assemble
 from tests.mmu.driver import Memory
 from tests.mmu.guest import (
     FRAMES,
@@ -21,6 +22,7 @@ from tests.mmu.guest import (
     PT,
     ROOT,
     ROOT5,
+    SIZE,
     TEST,
     A,
     D,
@@ -377,3 +379,32 @@ def test_cr0_wp_and_smep_smap_without_it_are_in_the_role(new_shadow: NewGuest) -
         (False, True, True, True, True),
         (False, False, False, False, False),
     ]
+
+
+@pytest.mark.spec("mmu.role.later")
+def test_system_management_mode_has_pages_of_its_own(new_shadow: NewGuest) -> None:
+    """role.smm: the same linear address leads to the other address space; back again the old pages count."""
+    guest = new_shadow(width=36)
+    guest.map(0, FRAMES)
+    guest.write(FRAMES, 1, 4)
+    smram = guest.vm.add_memory(0, SIZE, slot=1 << 16)
+    code, _ = assemble(f"mov esi, {FRAMES}; mov eax, [esi]; out 0x10, eax; rsm", 0x8000, 16, ())
+    smram[0x38000 : 0x38000 + len(code)] = code
+    smram[FRAMES] = 2
+    assert guest.begin(f"mov esi, {TEST}; STOP; mov eax, [esi]; STOP; mov eax, [esi]; hlt") != 1
+    assert guest.go() == 1
+    assert not any(page.role.smm for page in guest.vm.mmu.pages())
+    guest.vcpu.ioctl(uapi.KVM_SMI)
+    assert guest.go() & 0xFF == 2
+    role = guest.vm.mmu.role(guest.kernel_vcpu()).base
+    assert (role.smm, role.direct, role.word >> 24) == (True, True, 1)
+    pages = guest.vm.mmu.pages()
+    assert any(page.role.smm for page in pages)
+    ((page, _),) = guest.vm.mmu.rmap(FRAMES >> 12, as_id=1)
+    assert page.role.smm
+    assert all(not page.role.smm for page, _ in guest.vm.mmu.rmap(FRAMES >> 12))
+    assert {
+        page.role.smm for page in pages if page.spt in guest.vm.mmu.roots(guest.kernel_vcpu())[0].pages
+    } == {True}
+    assert guest.go() == 1
+    guest.vm.remove_memory(1 << 16)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pykvm.abi import uapi
-from tests.mmu.driver import FRAMES, LOW, TABLES, TEST, A, D, Driver, Memory, P, U, W
+from tests.mmu.driver import FRAMES, LOW, TABLES, TEST, A, D, Driver, Memory, U, W
 from tests.mmu.flat import AREA, Flat, Mmio
+from tests.mmu.reference import P
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.mmu.conftest import NewFlat
 
 FULL = P | W | U | A | D
@@ -191,7 +193,7 @@ def dirty(driver: Driver, slot: int, pages: int) -> set[int]:
 
 def rss() -> int:
     """Bytes of memory that this process has."""
-    with open("/proc/self/statm") as file:  # noqa: PTH123
+    with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * PAGE
 
 

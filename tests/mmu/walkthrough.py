@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from pykvm import trace
 from pykvm.client import Hlt, Kvm
 from pykvm.mmu import spte as sptes
+from pykvm.mmu.pages import child_role
 from tests.mmu.guest import FRAMES, FULL, PT, TEST, PagingGuest
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ SHADOW = {
 
 def shadow() -> dict[str, Step]:
     """Return the steps of SHADOW, and `zap`: the oldest pages under memory pressure."""
+    child_role.cache_clear()  # or it is not seen to be called
     guest = PagingGuest(tdp=False)
     try:
         for number in range(4):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from pykvm.abi import lib
@@ -281,3 +283,164 @@ def test_arena_overflow(m: Machine) -> None:
     assert m.reg("rbx") == 2
     assert stats.insns - insns == 2 * (jumps + 2)
     assert stats.blocks_flushed - flushed >= 2
+
+
+# ---- chained and fused: faster, and otherwise as instruction by instruction
+
+
+def trace(m: Machine) -> list[int]:
+    """Where every instruction begins, by single steps."""
+    rips = []
+    m.ctl.flags |= lib.CPU_SINGLE_STEP
+    while m.run() == lib.EXIT_MTF:
+        rips.append(m.guest.rip)
+    m.ctl.flags &= ~lib.CPU_SINGLE_STEP
+    assert m.exit.reason == lib.EXIT_HLT
+    return rips
+
+
+@pytest.mark.spec("cpu.tf")
+def test_steps_through_blocks_that_are_cached_and_linked(m: Machine) -> None:
+    source = """
+        mov ecx, 3
+        l: call f; lea rax, [g]; call rax; push offset back; lea rax, [r]; jmp rax
+        back: cmp ecx, 1; jne next
+        next: test ecx, ecx; js l; sub ecx, 1; jnz l
+        call [p]; hlt
+        f: add ebx, 1; jo f; ret
+        .align 4096
+        g: and ebx, 0xff; jz g; ret
+        r: ret
+        p: .quad f
+    """
+    long64(m, source)
+    cold = trace(m)
+    assert len(cold) > 60
+    stats = lib.cpu_vmcs(m.cpu).stats
+    counts = []
+    for _ in range(3):  # decoded, linked, run
+        before = int(stats.insns)
+        m.long64(CODE)
+        m.run(lib.EXIT_HLT)
+        counts.append(int(stats.insns) - before)
+    assert counts == [len(cold) + 1] * 3
+    m.long64(CODE)
+    assert trace(m) == cold
+    for n, rip in enumerate(cold[:-1]):  # and breakpoints there are met, as often as the trace says
+        m.long64(CODE)
+        m.set(dr7=2, dr0=rip)
+        m.ctl.exception_bitmap = 1 << 1
+        m.run(lib.EXIT_EXCEPTION)
+        assert (m.guest.rip, cold.index(rip) <= n) == (rip, True)
+        m.set(dr7=0)
+    m.ctl.exception_bitmap = 0
+
+
+@pytest.mark.spec("cpu.dr_breakpoints")
+@pytest.mark.parametrize("go", ["ret", "pop rdx; jmp rdx", "pop rdx; push 0; call rdx", "jmp [rsp]"])
+def test_breakpoint_in_a_block_that_has_run(m: Machine, go: str) -> None:
+    """In the same entry: stepping towards it does not go on in the block that is there."""
+    source = f"""
+        mov ecx, 9
+        l: push offset back; jmp f; back: mov rsp, {STACK}; dec ecx; jz done
+        cmp ecx, 2; jne l
+        mov dr0, rbx; mov eax, 2; mov dr7, rax; jmp l
+        done: hlt
+        f: {go}
+        """
+    long64(m, source)
+    m.set(rbx=m.symbols["back"])
+    m.ctl.exception_bitmap = 1 << 1
+    m.run(lib.EXIT_EXCEPTION)
+    assert (m.guest.rip, m.reg("rcx")) == (m.symbols["back"], 2)
+
+
+OPERANDS = (
+    0,
+    1,
+    2,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 63,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+)
+CONDITIONS = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
+REGISTERS = {8: ("al", "bl"), 32: ("eax", "ebx"), 64: ("rax", "rbx")}
+SIZES = {8: "byte", 32: "dword", 64: "qword"}
+FUSED = ["cmp {r}, {s}", "cmp {r}, -5", "cmp {r}, [rdi]", "cmp [rdi], {s}", "cmp {m} ptr [rdi], 1"]
+FUSED += ["test {r}, {s}", "test {r}, 0x41", "test [rdi], {s}", "test {m} ptr [rdi], 0x41"]
+FUSED += [f"{op} {{r}}, {s}" for op in ("add", "sub", "and") for s in ("{s}", "-1")]
+
+
+@pytest.mark.spec("cpu.isa_int", "cpu.tf")
+@pytest.mark.parametrize("bits", [8, 32, 64])
+def test_fused_pairs(m: Machine, bits: int) -> None:
+    """Every pair, in one handler and by steps: where it goes, flags and registers, counts."""
+    r, s = REGISTERS[bits]
+    pairs = [f"{text.format(r=r, s=s, m=SIZES[bits])}; j{cc} t" for text in FUSED for cc in CONDITIONS]
+    stats = lib.cpu_vmcs(m.cpu).stats
+    m.asm(
+        "; ".join(
+            f".balign 32; {pair.replace(' t', f' t{n}')}; hlt; t{n}: nop; hlt" for n, pair in enumerate(pairs)
+        )
+    )
+    for number in range(len(pairs)):
+        outcomes = []
+        for step in range(2):
+            r_ = random.Random(bits * 1000 + number)
+            for _ in range(4):
+                m.long64(CODE + 32 * number)
+                m.write(0x20000, r_.choice(OPERANDS))
+                m.set(
+                    rax=r_.choice(OPERANDS),
+                    rbx=r_.choice(OPERANDS),
+                    rdi=0x20000,
+                    rflags=2 | r_.getrandbits(12) & 0x8D5,
+                )
+                before = int(stats.insns)
+                if step:
+                    trace(m)
+                else:
+                    m.run(lib.EXIT_HLT)
+                outcomes.append(
+                    (m.guest.rip, m.guest.rflags, m.reg("rax"), m.reg("rbx"), stats.insns - before)
+                )
+        assert outcomes[:4] == outcomes[4:], pairs[number]
+
+
+def test_fused_branch_to_a_bad_address(m: Machine) -> None:
+    """#GP of the branch: the comparison is done, and rip and the count are the branch's."""
+    last = (1 << 47) - 4096
+    m.asm("cmp eax, eax; bad: .byte 0x0f, 0x84; .long 0x2000", CODE)
+    m.long64(CODE)
+    table = 0x30000
+    for level in range(2):
+        m.write(table + 0x1000 * level + 8 * 511, table + 0x1000 * (level + 1) | 7)
+    m.write(table + 0x2000 + 8 * 511, CODE | 3)
+    m.write(m.guest.cr3 + 8 * 255, table | 7)
+    m.set(rip=last, rflags=0x8D7)
+    before = int(lib.cpu_vmcs(m.cpu).stats.insns)
+    m.ctl.exception_bitmap = 1 << GP
+    m.run(lib.EXIT_EXCEPTION)
+    assert (m.guest.rip, m.guest.rflags & 0x8D5) == (last + 2, 0x44)
+    assert lib.cpu_vmcs(m.cpu).stats.insns - before == 1
+
+
+def test_fused_operand_that_faults(m: Machine) -> None:
+    """The comparison is executed again; the flags are still those of before."""
+    long64(m, "cmp [rdi], eax; je t; hlt; t: hlt")
+    m.set(rdi=0x20000, rax=5, rflags=0x8D7)
+    m.write(PD + 8 * 1, 0)
+    m.set(rdi=0x200000)
+    m.ctl.exception_bitmap = 1 << 14
+    m.run(lib.EXIT_EXCEPTION)
+    assert (m.guest.rip, m.guest.rflags & 0x8D5) == (CODE, 0x8D5)
+    m.write(PD + 8 * 1, 0x200087)
+    m.write(0x200000, 5)
+    m.run(lib.EXIT_HLT)
+    assert m.guest.rip == m.symbols["t"] + 1
