@@ -86,6 +86,21 @@ def _load(vcpu: Vcpu, db: list[int], dr7: int) -> None:
     vcpu.cpu.state_changed()
 
 
+def take_breakpoints(vcpu: Vcpu) -> tuple[list[int], int] | None:
+    """Return the client's breakpoints while the processor has them, else None: what INIT must not clear."""
+    if vcpu.debug.guest_db is None:
+        return None
+    guest = vcpu.cpu.guest
+    return [guest.dr[n] for n in range(_NR_ADDRESSES)], int(guest.dr7)
+
+
+def put_breakpoints(vcpu: Vcpu, breakpoints: tuple[list[int], int] | None) -> None:
+    """Give them back after INIT, which has cleared the guest's own."""
+    if breakpoints is not None:
+        vcpu.debug.guest_db, vcpu.debug.guest_dr7 = [0] * _NR_ADDRESSES, uapi.DR7_FIXED_1
+        _load(vcpu, *breakpoints)
+
+
 @vcpu_ioctl("KVM_GET_DEBUGREGS", Out("struct kvm_debugregs"), cap="KVM_CAP_DEBUGREGS")
 def get_debugregs(vcpu: Vcpu) -> CData:
     """Return the guest's DR0 to DR3, DR6 and DR7, and not the debugger's.

@@ -426,6 +426,7 @@ def set_vcpu_events(vcpu: Vcpu, new: CData) -> int:
     """
     _check_vcpu_events(vcpu, new)
     e, guest, flags = vcpu.events, vcpu.cpu.guest, new.flags
+    e.process_nmi(vcpu)
     e.exception_injected = bool(new.exception.injected)
     e.exception_pending = bool(new.exception.pending)
     e.vector = new.exception.nr

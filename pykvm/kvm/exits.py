@@ -279,17 +279,6 @@ def _stop_for_signal(vcpu: Vcpu) -> Outcome:
     return RESUME
 
 
-@on_exit(lib.EXIT_TRIPLE_FAULT)
-def handle_triple_fault(vcpu: Vcpu) -> Outcome:
-    """Shut down; the state stays as it was at the fault, as on Intel.
-
-    An exit by triple fault is not one during event delivery (SDM vol. 3 28.2.4): the event is gone.
-    """
-    events = vcpu.events
-    events.exception_injected = events.nmi_injected = events.interrupt_injected = False
-    return shutdown(vcpu)
-
-
 def shutdown(vcpu: Vcpu) -> Outcome:
     """Leave with KVM_EXIT_SHUTDOWN."""
     vcpu.complete_userspace_io = None

@@ -19,6 +19,8 @@ SUPPORTED_MCE_CAP = uapi.MCG_CTL_P | uapi.MCG_SER_P
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _MCG_EXT_COUNT = 0xFF_0000
 _CTL, _STATUS, _ADDR, _MISC = range(4)
+# SDM vol. 3 15.6.3: context corrupt, signaled, action required. Without any of them software need do nothing.
+_ACTION_REQUIRED = 1 << 57 | 1 << 56 | 1 << 55
 
 capability("KVM_CAP_MCE", KVM_MAX_MCE_BANKS)
 
@@ -182,6 +184,11 @@ def set_mce(vcpu: Vcpu, mce: CData) -> int:
     if mce.bank >= msrs.mcg_cap & uapi.MCG_BANKCNT_MASK or not status & uapi.MCI_STATUS_VAL:
         raise KvmError(EINVAL, f"bank {mce.bank}, status {status:#x}")
     uncorrected = status & uapi.MCI_STATUS_UC
+    if uncorrected and not mce.mcg_status and not status & _ACTION_REQUIRED:
+        # UCNA: logged, and told by an interrupt of the local APIC, which is not in the kernel.
+        _log(vcpu, mce, status)
+        msrs.values[uapi.MSR_IA32_MCG_STATUS] = 0
+        return 0
     if uncorrected and msrs.mcg_cap & uapi.MCG_CTL_P and msrs.get(uapi.MSR_IA32_MCG_CTL) != _MASK64:
         return 0
     if uncorrected and msrs.get(_bank_msr(mce.bank, _CTL)) != _MASK64:
@@ -198,9 +205,13 @@ def set_mce(vcpu: Vcpu, mce: CData) -> int:
         return 0
     if old & uapi.MCI_STATUS_VAL:
         status |= uapi.MCI_STATUS_OVER
-    msrs.values[_bank_msr(mce.bank, _STATUS)] = status
-    msrs.values[_bank_msr(mce.bank, _ADDR)] = mce.addr
-    msrs.values[_bank_msr(mce.bank, _MISC)] = mce.misc
+    _log(vcpu, mce, status)
     if uncorrected:
         vcpu.events.queue_exception(vcpu, uapi.MC_VECTOR)
     return 0
+
+
+def _log(vcpu: Vcpu, mce: CData, status: int) -> None:
+    """Write an error into its bank."""
+    for member, value in ((_STATUS, status), (_ADDR, mce.addr), (_MISC, mce.misc)):
+        vcpu.msrs.values[_bank_msr(mce.bank, member)] = value

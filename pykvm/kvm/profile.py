@@ -268,7 +268,7 @@ class Processor:
 
     @property
     def itlb_multihit(self) -> bool:
-        """Say if changing a code page's size may stop it: Intel's big cores before Ice Lake (cpu/common.c)."""
+        """Say if a code page that changes its size may stop it: Intel's before Ice Lake (cpu/common.c)."""
         return self.vendor == "intel" and not self.as_built and self.model < _FIRST_WITH_PSCHANGE_MC_NO
 
     @property

@@ -42,7 +42,8 @@ def translate(vcpu: Vcpu, translation: CData) -> int:
     """
     gpa = gva_to_gpa(vcpu, translation.linear_address)
     translation.physical_address = _INVALID_GPA if gpa is None else gpa
-    translation.valid = gpa is not None
+    # Without paging the highest address is no address, either.
+    translation.valid = translation.physical_address != _INVALID_GPA
     translation.writeable = 1
     translation.usermode = 0
     return 0

@@ -135,12 +135,13 @@ class Vcpu:
             self.msrs.values[uapi.MSR_IA32_ARCH_CAPABILITIES] = 0
             self.msrs.values[uapi.MSR_PLATFORM_INFO] = 0
 
-        if self.vm.processor.is_amd:
-            self._amd_segments()
+        self.reset_segments()
         self.msrs.values[uapi.MSR_IA32_UCODE_REV] = self.vm.processor.microcode
 
-    def _amd_segments(self) -> None:
-        """Give CS, SS and TR the types that kvm_amd gives them at reset (svm.c init_vmcb)."""
+    def reset_segments(self) -> None:
+        """Give AMD's CS, SS and TR the types that kvm_amd gives them at reset (svm.c init_vmcb)."""
+        if not self.vm.processor.is_amd:
+            return
         for segment, kind in ((lib.CPU_SEG_CS, 0xA), (lib.CPU_SEG_SS, 2), (lib.CPU_SEG_TR, 3)):
             register = self.cpu.guest.seg[segment]
             register.ar = register.ar & ~lib.CPU_AR_TYPE | kind

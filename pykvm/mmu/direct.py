@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from pykvm import trace
-from pykvm.abi import CData, Gfn, Gpa, lib
+from pykvm.abi import CData, Gfn, Gpa, Spte, lib
 from pykvm.abi.uaccess import address_of
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.base import MemoryFault, Mmu, RetPf, bitmap_words, host_access
@@ -219,7 +219,7 @@ class TdpMmu(Mmu):
         base = fault.gfn & ~(sptes.pages_per(level) - 1)
         spte = sptes.make_spte(slot.hva(base), level, writable=writable, host_writable=host_writable)
         if self.nx_huge_pages and level > sptes.PG_LEVEL_4K:
-            spte &= ~sptes.X
+            spte = Spte(spte & ~sptes.X)
         if trace.kvm_mmu_spte_requested.enabled:
             trace.kvm_mmu_spte_requested(gfn=fault.gfn, pfn=slot.hva(fault.gfn) >> 12, level=level)
         vcpu.stat.pf_fixed += 1
@@ -244,7 +244,7 @@ class TdpMmu(Mmu):
         return level
 
     def _limit_pages(self) -> None:
-        # Without any slot there is no limit yet: then the processor says what is wrong.
+        # As many as it takes (tdp_mmu.c), unless the client has set a limit.
         if self.n_max_mmu_pages:
             self._make_pages_available()
 
@@ -282,7 +282,6 @@ class TdpMmu(Mmu):
             if not self._vm.memslots[0].generation % (1 << self.mmio_gen_bits):
                 for tdp in self._roots.values():
                     tdp.zap_mmio()
-            self._update_limit()
             zapped = self.pages.take_zapped()
         # Even with nothing zapped: processors hold the generation by which they tell MMIO entries.
         self.flush_remote_tlbs(reload=True)

@@ -417,10 +417,11 @@ class ShadowMmu(Mmu):
                 access &= ~ACC_EXEC
         goal = self._mapping_level(slot, found)
         self._step(vcpu, found.gfn << 12, "mapping_level")
-        level = self._disallowed_hugepage_adjust(root, gla, want, goal)
-        page = self._descend(vcpu, root, gla, found, access, guest, level)
+        allowed = self._disallowed_hugepage_adjust(root, gla, want, goal)
+        page = self._descend(vcpu, root, gla, found, access, guest, allowed)
         if page is None:
             return RetPf.RETRY, False
+        level = page.role.level
         if self.nx_huge_pages and level > sptes.PG_LEVEL_4K:
             access &= ~ACC_EXEC
         if self.nx_huge_pages and want.fetch and goal > level:

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from tests.clients.guests import MODULES, CannotRunError, Initramfs, fetch
-from tests.clients.linux_boot import BOOT_TIMEOUT, MACHINES, PROMPT, is_trouble, start
+from tests.clients.linux_boot import BOOT_TIMEOUT, MACHINES, PROMPT, Machine, is_trouble, start
 from tests.clients.qemu import Console, ConsoleError, is_there, kernel_messages
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ _LEFT_OUT = {"tcrypt", "crypto_user", "test_firmware"}
 _FAILED = re.compile(r"alg: .*(fail|mismatch)|[1-9]\d* FAILED|FAIL \(|test_\w+: .* failed")
 
 
-def kernel_tests() -> bool:
+def kernel_tests(machine: Machine) -> bool:
     """Load the kernel's modules in a guest; print what fails."""
     names = [path.stem for path in sorted(MODULES.rglob("*.ko"))]
     wanted = [name for name in names if name not in _LEFT_OUT and "error-inject" not in name]
@@ -43,7 +43,7 @@ def kernel_tests() -> bool:
             archive.copy(path, f"lib/modules/{path.relative_to(MODULES)}")
     lines = ["depmod", *(f"modprobe {name} || echo refused: {name}" for name in wanted), "echo all loaded"]
     archive.file("load", "\n".join(lines).encode() + b"\n")
-    with start("pykvm", MACHINES["max"], archive.write("modules.cpio"), megabytes=1024) as console:
+    with start("pykvm", machine, archive.write("modules.cpio"), megabytes=1024) as console:
         text = _ask(console, "sh /load", "all loaded")
     trouble = re.findall(r"^refused: .*", text, re.MULTILINE)
     trouble += [line for line in kernel_messages(text) if is_trouble(line) or _FAILED.search(line)]
@@ -54,7 +54,7 @@ def kernel_tests() -> bool:
     return not trouble and len(passed) > 1
 
 
-def workload() -> bool:
+def workload(machine: Machine) -> bool:
     """Run the Python workload in a guest and here; print what is different."""
     if not PYTHON.exists() or shutil.which("openssl") is None:
         raise CannotRunError("the workload needs Debian's python3 and openssl")
@@ -69,24 +69,24 @@ def workload() -> bool:
     for path in (Path("/etc/ssl/openssl.cnf"), Path("/usr/lib/ssl/openssl.cnf")):
         if path.exists():
             archive.copy(path)
-    return _same_in_a_guest("workload", archive, program, HERE / "workload.py")
+    return _same_in_a_guest("workload", machine, archive, program, HERE / "workload.py")
 
 
-def script() -> bool:
+def script(machine: Machine) -> bool:
     """Run the JavaScript workload in a guest and here; print what is different."""
     node = shutil.which("node")
     if node is None:
         print("script: left out, there is no node here")
         return True
-    return _same_in_a_guest("script", Initramfs(), Path(node), HERE / "workload.js")
+    return _same_in_a_guest("script", machine, Initramfs(), Path(node), HERE / "workload.js")
 
 
-def _same_in_a_guest(name: str, archive: Initramfs, program: Path, source: Path) -> bool:
+def _same_in_a_guest(name: str, machine: Machine, archive: Initramfs, program: Path, source: Path) -> bool:
     """Run a program with a source file in a guest and here; say if it prints the same."""
     done = subprocess.run([program, source], capture_output=True, text=True, check=True)
     archive.program(program)
     archive.copy(source, source.name)
-    with start("pykvm", MACHINES["max"], archive.write("userland.cpio"), megabytes=1536) as console:
+    with start("pykvm", machine, archive.write("userland.cpio"), megabytes=1536) as console:
         text = _ask(console, f"{program} /{source.name}; echo end of it", "\nend of it")
     expected, printed = done.stdout.splitlines(), set(text.splitlines())
     different = [line for line in expected if line not in printed]
@@ -109,12 +109,12 @@ def _ask(console: Console, line: str, end: str) -> str:
 PARTS = {"kernel": kernel_tests, "workload": workload, "script": script}
 
 
-def run(parts: list[str]) -> bool:
+def run(parts: list[str], machine: Machine) -> bool:
     """Run the parts named."""
     fetch()
     if not is_there():
         raise CannotRunError("qemu-system-x86_64 is not installed")
-    results = [PARTS[part]() for part in parts]
+    results = [PARTS[part](machine) for part in parts]
     return all(results)
 
 
@@ -123,11 +123,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.clients.linux_userland", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    parts = parser.parse_args().parts
+    parser.add_argument("--no-tdp", action="store_true", help="on shadow paging")
+    arguments = parser.parse_args()
+    parts, machine = arguments.parts, MACHINES["max"]
+    if arguments.no_tdp:
+        machine = machine._replace(extensions=("no-tdp",))
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}")
     try:
-        good = run(parts or list(PARTS))
+        good = run(parts or list(PARTS), machine)
     except CannotRunError as error:
         print(error, file=sys.stderr)
         return 2

@@ -112,13 +112,15 @@ def test_bound_registers_are_hints(m: Machine, name: str) -> None:
 
 
 @pytest.mark.spec("cpu.ud_space", "cpu.rdrand", "cpu.fep", "cpu.monitor_mwait")
-@pytest.mark.tcg_differs("3DNow! and SSE4A are there, and 0F AE with any prefix is a fence: SDM vol. 2 UMONITOR, UMWAIT, TPAUSE")
+@pytest.mark.tcg_differs(
+    "3DNow! and SSE4A are there, and 0F AE with any prefix is a fence: SDM vol. 2 UMONITOR, UMWAIT, TPAUSE"
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(m: Machine, name: str) -> None:
     assert run(m, OTHERS[name], "long64") == UD
 
 
-@pytest.mark.spec("cpu.ud_space")
+@pytest.mark.spec("cpu.ud_space", "fpu.avx512")
 @pytest.mark.parametrize("name", EVEX | AMX | XOP)
 def test_vectors_of_others(m: Machine, name: str) -> None:
     """EVEX (AVX-512), AMX, XOP and FMA4."""
@@ -137,3 +139,15 @@ def test_bound_and_les_are_not_prefixes_outside_64_bit_mode(m: Machine) -> None:
         assert (m.reg("rax") & 0xFFFF, m.seg(register).selector) == (0x2211, 0x4433)
     for code in ("62f17e486fc1", "c5f877", "c4e27849c0"):
         assert run(m, code, "real") == UD
+
+
+@pytest.mark.spec("cpu.lam", "cpu.cr_writes")
+@pytest.mark.parametrize(("register", "bit"), [("cr3", 61), ("cr3", 62), ("cr4", 28)])
+def test_linear_address_masking(m: Machine, register: str, bit: int) -> None:
+    """Not offered: its bits are reserved, and addresses are compared whole."""
+    m.asm(f"movabs rbx, {1 << bit}; mov rax, {register}; or rax, rbx; bad: mov {register}, rax")
+    m.long64(CODE)
+    m.ctl.cpuid[lib.CPU_CPUID_7_1_EAX] = 0
+    m.set(cr4=m.guest.cr4)
+    m.run(lib.EXIT_HLT)
+    assert (m.vector(), m.frame(2)) == (13, [0, m.symbols["bad"]])

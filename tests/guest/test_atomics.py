@@ -13,7 +13,7 @@ import pytest
 from pykvm.abi import ffi, lib
 from tests.guest.bare import CODE, Machine
 
-LOOPS = 20_000
+LOOPS = 10_000
 PAGE = 0x100000
 # Where an operand of 8 bytes begins: aligned, in a line, across lines, across pages.
 PLACES = {"aligned": PAGE, "in a line": PAGE + 3, "across lines": PAGE + 0x3D, "across pages": PAGE + 0xFFB}

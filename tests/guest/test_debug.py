@@ -332,3 +332,24 @@ def test_implicit_accesses_meet_no_breakpoint(m: Machine) -> None:
     breakpoint_at(m, STACK - 8, ACCESS, LEN8, n=1)
     m.run(lib.EXIT_HLT)
     assert log(m) == []
+
+
+@pytest.mark.spec("cpu.dr_breakpoints")
+@pytest.mark.parametrize(
+    ("enabled", "hit"),
+    [(1, True), (2, True), (3, True), (0x301, True), (0x302, True), (0, False), (0x300, False), (0xC, False)],
+)
+@pytest.mark.parametrize("kind", ["instruction", "data"])
+def test_either_enable_bit_will_do(m: Machine, kind: str, enabled: int, hit: bool) -> None:
+    """L0 or G0; LE and GE have no meaning of their own: SDM vol. 3 17.2.4."""
+    m.asm("nop; here: mov [0x500], eax; behind: nop; hlt")
+    m.long64(CODE)
+    at, control = (m.symbols["here"], 0) if kind == "instruction" else (0x500, 0xD << 16)
+    m.set(dr0=at, dr7=0x400 | enabled | control)
+    m.run(lib.EXIT_HLT)
+    if not hit:
+        assert m.vector() == -1
+        return
+    assert m.vector() == 1
+    assert m.frame(1) == [m.symbols["here" if kind == "instruction" else "behind"]]
+    assert m.guest.dr6 & 0xF == 1

@@ -84,12 +84,12 @@ def test_refused(name: str) -> None:
 
 
 @pytest.mark.spec("exit.FAIL_ENTRY")
-@pytest.mark.parametrize("name", ["null tr", "null data", "null ss", "low cr0", "wide limits"])
+@pytest.mark.parametrize("name", ["null tr", "null data", "null ss", "wide limits"])
 def test_taken(name: str) -> None:
     """As with unrestricted guests: real mode with anything in its segments, and unusable ones."""
     m = Machine()
     m.load(CODE, b"\xf4")
-    m.real(CODE) if name in {"low cr0", "wide limits"} else m.long64(CODE)
+    m.real(CODE) if name == "wide limits" else m.long64(CODE)
     if name == "null tr":
         m.set_seg("tr", 0, 0, 0, UNUSABLE)
     elif name == "null data":
@@ -97,8 +97,6 @@ def test_taken(name: str) -> None:
             m.set_seg(segment, 0, 0, 0, UNUSABLE)
     elif name == "null ss":
         m.set_seg("ss", 0, 0, 0, UNUSABLE)
-    elif name == "low cr0":
-        m.set(cr0=0)
     else:
         for segment in ("ds", "ss"):
             m.set_seg(segment, 0x1234, 0x100, 0xFFFFFFFF, 0x8093)

@@ -715,6 +715,7 @@ def test_host_memory_that_is_not_there_is_efault_with_its_address(
         run = flat.vcpus[0].kvm_run
         assert run.exit_reason == uapi.KVM_EXIT_MEMORY_FAULT
         assert (run.memory_fault.gpa, run.memory_fault.size) == (AREA + 0x5000, 0x1000)
+        assert run.memory_fault.flags == 0
         assert flat.vcpus[0].regs.rcx == 3
     if what == "read-only":
         memory.protect(0x5000, 0x1000, READ_WRITE)

@@ -354,7 +354,10 @@ def test_a_walk_starts_anew_when_an_entry_changes_under_it(
         return real(self, gpa, hva, size, entry, bits)
 
     monkeypatch.setattr(GuestTables, "set_gpte_bits", set_gpte_bits)
-    assert guest.finish(f"mov rsi, {TEST}; mov eax, [rsi]; hlt") == 2
+    with guest.events("kvm_mmu_pagetable_walk") as walks:
+        assert guest.finish(f"mov rsi, {TEST}; mov eax, [rsi]; hlt") == 2
+    # In one walk, and in one fault.
+    assert [fields["addr"] for _, fields in walks].count(TEST) == 1
     assert seen == [FRAMES | P | W | U]
     assert guest.read(guest.pte(0)) == FRAMES + 0x1000 | P | W | U | A
 

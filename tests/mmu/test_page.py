@@ -16,7 +16,7 @@ from pykvm.mmu import page
 from pykvm.mmu.recorder import parse_times
 from pykvm.mmu.view import gpte_bits, spte_bits
 from tests.mmu.browser import MISSING, Browser
-from tests.mmu.guest import FRAMES, FULL, PDPT, PT, TEST, PagingGuest
+from tests.mmu.guest import FRAMES, FULL, PDPT, PS, PT, ROOT, TEST, PagingGuest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,7 +165,9 @@ def test_clicking_an_spte_shows_its_bits_its_origin_and_its_rmap(shown: Shown) -
     assert f"level {leaf.level} · gfn {target.gfn:#x}" in browser.text("#node")
     _click_entry(browser, "ours", leaf.index)
     assert browser.text("#entry .value") == f"{target.entries[leaf.index]:#x}"
-    assert _bits(browser, "#entry > .card:first-of-type") == spte_bits(leaf.entry) == leaf.bits
+    bits = _bits(browser, "#entry > .card:first-of-type")
+    assert bits == spte_bits(leaf.entry) == leaf.bits
+    assert {"R", "W", "X", "U", "A", "host-writable"} <= set(bits.split())
     gfn = target.gfn_of(leaf.index)
     assert gfn == FRAMES >> 12
     assert browser.text("#gfn") == f"{gfn:#x}"
@@ -177,6 +179,8 @@ def test_clicking_an_spte_shows_its_bits_its_origin_and_its_rmap(shown: Shown) -
         assert "in sync" in browser.text("#origin")
     else:
         mapping = browser.text("#origin")
+        # In 32-bit mode the large page of the lowest 4 MiB maps it, too.
+        assert browser.js("return document.querySelectorAll('#origin li').length") == 2 + (guest.width == 32)
         assert f"{PT >> 12:#x}[0]" in mapping
         assert f"{PT >> 12:#x}[6]" in mapping
     assert browser.log() == []
@@ -191,6 +195,40 @@ def _changed(shown: Shown) -> int:
             (was, size), (now, _) = old[key], new[key]
             count += sum(was[i : i + size] != now[i : i + size] for i in range(0, 4096, size))
     return count
+
+
+def test_32_bit_tables_of_1024_entries(browser: Browser, tmp_path: Path, new_guest: NewGuest) -> None:
+    """Two shadow pages for one table: the upper half's entries belong to the second."""
+    guest = new_guest(width=32)
+    guest.map(700, FRAMES + 0x2000)
+    guest.write(ROOT + 8, 0x40_0000 | FULL | PS)
+    gva = TEST + 700 * 0x1000
+    guest.finish(f"mov rsi, {gva}; mov eax, [rsi]; hlt")
+    _show(browser, tmp_path, guest.vm.mmu.snapshot())
+    browser.type("#search", f"{gva:x}")
+    walked = guest.vm.walk(guest.vcpu, gva)
+    assert browser.text("#result").startswith(f"gfn {FRAMES + 0x2000 >> 12:#x}, hva ")
+    assert browser.text("#entry .value") == f"{walked.sptes[-1].entry:#x}"
+    if guest.vm.mmu.mode == "shadow":
+        assert walked.sptes[-1].index == 700 - 512
+        assert browser.text("#origin .value") == f"{FRAMES + 0x2000 | FULL:#x}"
+        assert "in sync" in browser.text("#origin")
+    browser.js("mmu.select(mmu.state.moment.tables.find(t => t.root), 2)")
+    assert "gfn 0x400 " in browser.text("#entry .card"), "a page of 4 MiB"
+
+
+def test_a_snapshot_has_the_tables_of_all_address_spaces(new_guest: NewGuest) -> None:
+    """Those of a CR3 that was are shadowed still; in two dimensions nobody knows of them."""
+    guest = new_guest()
+    other = 0x30000
+    guest.ram[other : other + 0x1000] = guest.ram[ROOT : ROOT + 0x1000]
+    guest.finish(f"mov rax, {other}; mov cr3, rax; hlt")
+    seen = guest.vm.mmu.snapshot()
+    roots = {t.gfn for t in seen.guest_tables if t.level == 4}
+    assert roots == ({ROOT >> 12, other >> 12} if seen.mode == "shadow" else {other >> 12})
+    assert seen.vcpus[0].cr3 == other
+    (table,) = [t for t in seen.guest_tables if t.gfn == other >> 12]
+    assert table.table == bytes(guest.ram[other : other + 0x1000])
 
 
 def _tables(moment: Snapshot) -> tuple[dict[object, tuple[bytes, int]], dict[object, tuple[bytes, int]]]:
@@ -357,12 +395,17 @@ def test_exec_writes_the_page_of_an_unmodified_program(browser: Browser, tmp_pat
     source, program, path = tmp_path / "client.c", tmp_path / "client", tmp_path / "exec.html"
     source.write_text(CLIENT)
     subprocess.run(["cc", "-o", program, source], check=True)
-    options = ("--mmu", str(path), "--mmu-at", "0,0.3")
-    done = _pykvm("exec", *options, "--", str(program), str(path))
+    done = _pykvm("exec", "--mmu", str(path), "--mmu-at", "0.1", "--", str(program), str(path))
+    assert done.returncode == 0, done
+    browser.open(path)
+    assert browser.js("return mmu.changes === null && !mmu.moments.before")
+    path.unlink()
+    done = _pykvm("exec", "--mmu", str(path), "--mmu-at", "0,0.3", "--", str(program), str(path))
     assert done.returncode == 0, done
     browser.open(path)
     assert browser.text("h1") == "client"
     assert _tile(browser, "4 KiB mapped") >= 1
+    assert browser.js("return mmu.moments.after.data.seconds - mmu.moments.before.data.seconds") >= 0.3
     assert "--mmu needs --mmu-at" in _pykvm("exec", "--mmu", str(path), "--", str(program)).stderr
 
 

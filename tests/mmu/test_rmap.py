@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 WIDTHS = pytest.mark.parametrize("width", [32, 36, 64])
 TABLE = P | W | U | A
+PT2 = 0x31000
 TABLES = 0x30000  # page tables of tests that need many
 
 
@@ -332,3 +333,25 @@ def test_a_root_of_four_entries_is_no_tdp_mmu(new_shadow: NewGuest, width: int) 
     assert root.level == 3
     assert root.eptp not in {page.spt for page in guest.vm.mmu.pages()}
     assert not guest.vm.mmu.is_tdp_mmu(guest.kernel_vcpu())
+
+
+@pytest.mark.spec("mmu.memslot_arch", "mmu.wp_pt", "mmu.alloc_roots")
+def test_a_slot_made_around_a_table_that_is_shadowed_already(new_shadow: NewGuest) -> None:
+    """PAE's root may point to where no memory is; when there is some, writes to it are seen like any other."""
+    guest = new_shadow(width=36)
+    nowhere, la = 0x1000_0000, 3 << 30
+    guest.write(ROOT + 24, nowhere | P)
+    guest.vcpu.sregs.cr3 = ROOT
+    guest.map(0, nowhere)  # as data
+    guest.begin(f"STOP; mov esi, {la}; mov eax, [esi]; STOP; "
+                f"mov edi, {TEST}; mov dword ptr [edi], {0x30000 | TABLE}; mov eax, [esi]; hlt")  # fmt: skip
+    assert guest.shadow(nowhere).root_count == 1
+    memory = guest.vm.add_memory(nowhere, 0x1000, slot=1)
+    assert next(slot for slot in guest.vm.mmu.slots() if slot.id == 1).write_track == {nowhere >> 12: 1}
+    for n, table in enumerate((PT2, 0x30000)):
+        guest.write(table, FRAMES + 0x1000 * (n + 1) | FULL)
+        guest.write(FRAMES + 0x1000 * (n + 1), n + 5, 4)
+    memory[:8] = (PT2 | TABLE).to_bytes(8, "little")
+    assert guest.go() == 5
+    assert guest.go() == 6
+    assert guest.stat("mmu_pte_write") == 1

@@ -125,6 +125,9 @@ def test_every_kvmmmu_tracepoint_tells_its_event(new_guest: NewGuest, mode: str)
     # The guest's own fault, and what it does to its tables.
     found = events.of(lambda: guest.fault(f"mov rsi, {TEST + 0x9000}; mov eax, [rsi]; hlt"))
     assert _named(found, "kvm_mmu_walker_error")[:1] == ([{"pferr": 0, "flags": ""}] if shadow else [])
+    guest.map(8, FRAMES, P | U | A)
+    found = events.of(lambda: guest.fault(f"mov rsi, {TEST + 0x8000}; mov [rsi], eax; hlt"))
+    assert _named(found, "kvm_mmu_walker_error")[:1] == ([{"pferr": 3, "flags": "P|W"}] if shadow else [])
     edit = f"mov dword ptr [{guest.pte(1)}], {FRAMES + 0x3000 | FULL}"
     touch = f"mov rsi, {TEST}; mov eax, [rsi + 0x1000]"
     found = events.of(lambda: guest.finish(f"{touch}; {edit}; mov rax, cr3; mov cr3, rax; {touch}; hlt"))
