@@ -77,23 +77,25 @@ class Pic:
         return self.in_service if self.reads_in_service else self.requested
 
     def write(self, register: int, value: int) -> None:
-        match register, value:
-            case 0, _ if value & 0x10:  # ICW1: three more words follow
-                self.requested = self.in_service = self.mask = 0
-                self.words_to_come = 3
-            case 0, _ if value & 0x08:  # OCW3: which register is read
-                self.reads_in_service = value & 3 == 3
-            case 0, _ if value & 0xE0 == 0x60:  # OCW2: the end of the one it names
-                self.in_service &= ~(1 << (value & 7))
-            case 0, _:  # OCW2: the end of the most urgent one
-                self.in_service &= self.in_service - 1
-            case 1, _ if self.words_to_come == 3:
+        if register == 0:
+            self._command(value)
+        elif not self.words_to_come:
+            self.mask = value
+        else:
+            if self.words_to_come == 3:
                 self.base = value & 0xF8
-                self.words_to_come = 2
-            case 1, _ if self.words_to_come:
-                self.words_to_come -= 1
-            case _:
-                self.mask = value
+            self.words_to_come -= 1
+
+    def _command(self, value: int) -> None:
+        if value & 0x10:  # ICW1: three more words follow
+            self.requested = self.in_service = self.mask = 0
+            self.words_to_come = 3
+        elif value & 0x08:  # OCW3: which register is read
+            self.reads_in_service = value & 3 == 3
+        elif value & 0xE0 == 0x60:  # OCW2: the end of the one it names
+            self.in_service &= ~(1 << (value & 7))
+        else:  # OCW2: the end of the most urgent one
+            self.in_service &= self.in_service - 1
 
 
 class Pit:
@@ -121,9 +123,12 @@ class Pit:
         elif register == 0 and self.low is None:
             self.low = value
         elif register == 0 and self.low is not None:
-            seconds = ((value << 8 | self.low) or 0x10000) / self.FREQUENCY
+            self._start(value << 8 | self.low or 0x10000)
             self.low = None
-            signal.setitimer(signal.ITIMER_REAL, seconds, seconds if self.periodic else 0)
+
+    def _start(self, count: int) -> None:
+        seconds = count / self.FREQUENCY
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds if self.periodic else 0)
 
 
 class Uart:
@@ -401,7 +406,8 @@ def main() -> None:
     with Kvm(options.device, tdp=not options.no_tdp) as kvm, keys_as_typed():
         machine = Machine(kvm, options.memory)
         load(machine, options.kernel.read_bytes(), initrd, command_line, options.protocol)
-        print(machine.run(), file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            print(machine.run(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -169,11 +169,13 @@ def _print_result(result: Result) -> None:
 @click.option(
     "--extension", "extensions", multiple=True, help="offer an extension of pykvm's, such as x86-osi"
 )
+@click.option("--no-tdp", is_flag=True, help="shadow paging instead of two-dimensional paging")
 @mmu_page
 @personality
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(
     extensions: tuple[str, ...],
+    no_tdp: bool,
     mmu_file: str | None,
     mmu_at: tuple[float, ...],
     kernel: str | None,
@@ -195,7 +197,8 @@ def exec_(
             raise click.UsageError("--mmu needs --mmu-at: nobody knows when a program ends")
         os.environ[recorder.FILE] = str(Path(mmu_file).absolute())
         os.environ[recorder.TIMES] = ",".join(map(str, mmu_at))
-    sys.exit(launcher.run(list(command), extensions=frozenset(extensions), kernel=kernel, cpu=cpu))
+    wanted = frozenset(extensions) | (frozenset({"no-tdp"}) if no_tdp else frozenset())
+    sys.exit(launcher.run(list(command), extensions=wanted, kernel=kernel, cpu=cpu))
 
 
 @main.command()

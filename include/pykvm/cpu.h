@@ -396,6 +396,10 @@ uint64_t spt_clear_bits(uint64_t *spt, const uint64_t *mask, uint64_t bits);
 
 /* 1 when [hva, hva+len) can be read (write=0) or written (write=1) by this process. */
 int host_probe(uint64_t hva, uint64_t len, int write);
+/* 1 when host_probe() just said 0 because the hardware cannot give the memory back (EHWPOISON). */
+int host_poisoned(void);
+/* Sends this thread the SIGBUS that the kernel sends for an access to such a page: BUS_MCEERR_AR. */
+void host_send_hwpoison_signal(uint64_t hva);
 /* 1 when nothing in [hva, hva+len) is unmapped; says nothing about rights, and touches nothing. */
 int host_mapped(uint64_t hva, uint64_t len);
 /* 1 when the page is in memory already: reading it would not have to wait. */

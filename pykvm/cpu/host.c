@@ -429,11 +429,14 @@ static int probe_maps(u64 start, u64 end, int write)
     return start >= end;
 }
 
+THREAD bool poisoned;
+
 int host_probe(u64 hva, u64 len, int write)
 {
     u64 start = hva & PAGE_MASK, end = (hva + len + PAGE_SIZE - 1) & PAGE_MASK;
     int advice = write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
 
+    poisoned = false;
     if (!len)
         return 1;
     if (hva + len < hva || end <= start)
@@ -442,10 +445,22 @@ int host_probe(u64 hva, u64 len, int write)
     while (madvise((void *)(uintptr_t)start, end - start, advice)) {
         if (errno == EINVAL)
             return probe_maps(start, end, write);
+        poisoned = errno == EHWPOISON;
         if (errno != EAGAIN && errno != EINTR)
             return 0;
     }
     return 1;
+}
+
+int host_poisoned(void) { return poisoned; }
+
+void host_send_hwpoison_signal(u64 hva)
+{
+    siginfo_t info = {.si_signo = SIGBUS, .si_code = BUS_MCEERR_AR};
+
+    info.si_addr = (void *)(uintptr_t)(hva & PAGE_MASK);
+    info.si_addr_lsb = PAGE_SHIFT;
+    syscall(SYS_rt_tgsigqueueinfo, getpid(), syscall(SYS_gettid), SIGBUS, &info);
 }
 
 int host_mapped(u64 hva, u64 len)

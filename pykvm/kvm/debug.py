@@ -151,9 +151,6 @@ def set_guest_debug(vcpu: Vcpu, new: CData) -> int:
             raise KvmError(EBUSY, f"exception {events.vector} or a triple fault is pending")
         is_db = control & uapi.KVM_GUESTDBG_INJECT_DB
         events.queue_exception(vcpu, uapi.DB_VECTOR if is_db else uapi.BP_VECTOR)
-    if debug.control & _STEP:
-        # The kernel steps by TF, and does not know then if the guest had set it, too.
-        vcpu.cpu.guest.rflags &= ~uapi.X86_EFLAGS_TF
     debug.control = control if control & uapi.KVM_GUESTDBG_ENABLE else 0
     db, dr7 = _get_db(vcpu), get_dr7(vcpu)
     if debug.control & _HW_BP:

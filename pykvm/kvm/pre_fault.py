@@ -57,11 +57,9 @@ def pre_fault_memory(vcpu: Vcpu, wanted: CData) -> int:
         try:
             _check_signal(vcpu)
             done = min(int(wanted.size), _map(vcpu, mmu, int(wanted.gpa)))
-        except KvmError as error:
+        except KvmError:
             if wanted.size != size:
                 return 0
-            # The range is written back in any case.
-            error.writeback = True
             raise
         wanted.gpa += done
         wanted.size -= done

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pykvm.mmu.base import Mmu
     from pykvm.mmu.pages import MmuPage
-    from pykvm.mmu.slots import Memslot, Memslots
+    from pykvm.mmu.slots import Memslots
 
 
 def audit(mmu: Mmu, memslots: tuple[Memslots, ...]) -> list[str]:
@@ -31,7 +31,7 @@ def audit(mmu: Mmu, memslots: tuple[Memslots, ...]) -> list[str]:
         if isinstance(mmu, ShadowMmu):
             found += _audit_rmap(mmu)
             found += _audit_write_protection(mmu)
-            found += [line for slots in memslots for slot in slots.ordered for line in _audit_slot(mmu, slot)]
+            found += _audit_slots(mmu, memslots)
     return found
 
 
@@ -158,18 +158,25 @@ def _audit_shadow_counts(mmu: ShadowMmu, leaves: Counter[int]) -> Iterator[str]:
             yield f"{_name(page)}: root_count {page.root_count}, loaded {loaded[page]} times"
 
 
-def _audit_slot(mmu: ShadowMmu, slot: Memslot) -> Iterator[str]:
-    """Compare what a slot says of its frames with the pages there are, counted anew."""
-    fresh = MemslotArch(slot.base_gfn, slot.npages, slot.userspace_addr)
+def _audit_slots(mmu: ShadowMmu, memslots: tuple[Memslots, ...]) -> Iterator[str]:
+    """Compare what slots say of their frames with the pages there are, counted anew."""
+    fresh = {
+        slot: MemslotArch(slot.base_gfn, slot.npages, slot.userspace_addr)
+        for slots in memslots
+        for slot in slots.ordered
+    }
     for page in mmu.pages:
-        if not page.role.direct and int(page.role.smm) == slot.as_id and slot.contains(page.gfn):
-            fresh.account_shadowed(page.gfn, 1, tracked=page.role.level > sptes.PG_LEVEL_4K)
-    if slot.arch.write_track != fresh.write_track:
-        yield f"slot {slot.id}: frames {slot.arch.write_track} are write-tracked, must be {fresh.write_track}"
-    if slot.arch.lpage_info != fresh.lpage_info:
-        yield f"slot {slot.id}: disallow_lpage {slot.arch.lpage_info}, must be {fresh.lpage_info}"
-    if (slot.arch.rmap is not None) != mmu.tables.shadow_root_allocated:
-        yield f"slot {slot.id}: has a reverse map before there is a root, or none"
+        slot = memslots[int(page.role.smm)].gfn_to_memslot(page.gfn)
+        if not page.role.direct and slot is not None:
+            fresh[slot].account_shadowed(page.gfn, 1, tracked=page.role.level > sptes.PG_LEVEL_4K)
+    for slot, counted in fresh.items():
+        arch = slot.arch
+        if arch.write_track != counted.write_track:
+            yield f"slot {slot.id}: write-tracked are {arch.write_track}, must be {counted.write_track}"
+        if arch.lpage_info != counted.lpage_info:
+            yield f"slot {slot.id}: disallow_lpage {arch.lpage_info}, must be {counted.lpage_info}"
+        if (arch.rmap is not None) != mmu.tables.shadow_root_allocated:
+            yield f"slot {slot.id}: has a reverse map before there is a root, or none"
 
 
 def _audit_rmap(mmu: ShadowMmu) -> Iterator[str]:

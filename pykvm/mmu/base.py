@@ -5,11 +5,11 @@ from __future__ import annotations
 import abc
 import enum
 import threading
-from errno import EFAULT, ENOSPC
+from errno import EFAULT, EINTR, ENOSPC
 from typing import TYPE_CHECKING
 
 from pykvm import trace
-from pykvm.abi import CData, Gfn, Gpa, ffi, lib
+from pykvm.abi import CData, Gfn, Gpa, ffi, lib, uapi
 from pykvm.abi.errors import KvmError
 from pykvm.abi.uaccess import address_of
 from pykvm.mmu import spte as sptes
@@ -52,6 +52,15 @@ class MemoryFault(KvmError):
         """Report the frame of `gpa`."""
         super().__init__(EFAULT, why)
         self.memory_fault = (gpa & ~0xFFF, 0x1000, 0)
+
+
+class PoisonedPageError(KvmError):
+    """The hardware has lost a page: the thread gets SIGBUS, for which KVM_RUN ends (kvm_send_hwpoison_signal)."""
+
+    def __init__(self, hva: int) -> None:
+        """Report the page at `hva`."""
+        super().__init__(EINTR, f"the host's page at {hva:#x} is poisoned")
+        self.hva = hva
 
 
 class Mmu(abc.ABC):
@@ -377,6 +386,12 @@ class Mmu(abc.ABC):
             self.flush_remote_tlbs()
         self._commit_zap(zapped)
 
+    def _handle_error_pfn(self, vcpu: Vcpu, error: PoisonedPageError) -> None:
+        """Tell the client's thread of a page that is lost, as an access of its own would."""
+        vcpu.kvm_run.exit_reason = uapi.KVM_EXIT_INTR
+        vcpu.stat.signal_exits += 1
+        lib.host_send_hwpoison_signal(error.hva)
+
     def _step(self, vcpu: Vcpu, addr: int, step: str) -> None:
         if trace.mmu_step.enabled:
             trace.mmu_step(vcpu=vcpu.id, gfn=addr >> 12, step=step)
@@ -414,10 +429,13 @@ def host_access(slot: Memslot, gpa: Gpa, *, write: bool) -> bool:
 
     Errors:
         EFAULT  it is not mapped, or not writable and `write` asks for that (a MemoryFault)
+        EINTR   the hardware cannot give it back (a PoisonedPageError)
     """
     hva = slot.hva(gpa >> 12)
     writable = not slot.readonly and bool(lib.host_probe(hva, 1, 1))
     if not writable and (write or not lib.host_probe(hva, 1, 0)):
+        if lib.host_poisoned():
+            raise PoisonedPageError(hva)
         raise MemoryFault(gpa, f"no host memory at {hva:#x} behind gpa {gpa:#x}")
     return writable
 

@@ -12,7 +12,7 @@ from pykvm import trace
 from pykvm.abi import CData, Gfn, Gpa, Spte, lib
 from pykvm.abi.uaccess import address_of
 from pykvm.mmu import spte as sptes
-from pykvm.mmu.base import MemoryFault, Mmu, RetPf, bitmap_words, host_access
+from pykvm.mmu.base import MemoryFault, Mmu, PoisonedPageError, RetPf, bitmap_words, host_access
 from pykvm.mmu.pages import Role
 from pykvm.mmu.slots import Change, Memslot, Memslots
 from pykvm.mmu.tdp import Tdp, has_tables
@@ -189,6 +189,9 @@ class TdpMmu(Mmu):
         self._step(vcpu, fault.gpa, "kvm_faultin_pfn")
         try:
             host_writable = host_access(slot, fault.gpa, write=fault.write)
+        except PoisonedPageError as error:
+            self._handle_error_pfn(vcpu, error)
+            raise
         except MemoryFault:
             self._step(vcpu, fault.gpa, "handle_abnormal_pfn")
             raise

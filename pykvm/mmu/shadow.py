@@ -14,7 +14,7 @@ from pykvm import trace
 from pykvm.abi import Gfn, Gpa, lib, uapi
 from pykvm.mmu import spte as sptes
 from pykvm.mmu import walk
-from pykvm.mmu.base import KVM_MAX_HUGEPAGE_LEVEL, MemoryFault, Mmu, RetPf, host_access
+from pykvm.mmu.base import KVM_MAX_HUGEPAGE_LEVEL, MemoryFault, Mmu, PoisonedPageError, RetPf, host_access
 from pykvm.mmu.direct import emulate_gfn
 from pykvm.mmu.guest import GuestTables
 from pykvm.mmu.pages import MmuPage, child_role
@@ -265,6 +265,9 @@ class ShadowMmu(Mmu):
         self._step(vcpu, gpa, "kvm_faultin_pfn")
         try:
             host_writable = host_access(slot, Gpa(gpa), write=want.write)
+        except PoisonedPageError as error:
+            self._handle_error_pfn(vcpu, error)
+            raise
         except MemoryFault:
             self._step(vcpu, gpa, "handle_abnormal_pfn")
             raise

@@ -272,6 +272,9 @@ static bool start(void)
     return atomic_load(&started);
 }
 
+/* Signals that end the main thread's KVM_RUN, bit n - 1 for signal n; 0 outside of it. */
+static _Atomic uint64_t main_takes;
+
 static void after_fork_in_child(void)
 {
     /* The child has no VM of its own yet; another thread may have held the lock. */
@@ -280,6 +283,7 @@ static void after_fork_in_child(void)
     pthread_mutex_init(&start_lock, NULL);
     if (own_memory)
         *own_memory = 1;
+    atomic_store(&main_takes, 0);
 }
 
 /* ---- descriptors -------------------------------------------------------------------------------- */
@@ -500,6 +504,102 @@ static FILE *open_stream(const char *mode)
 FOPEN(fopen)
 FOPEN(fopen64)
 
+/* ---- signals for the process ---------------------------------------------------------------------------
+ *
+ * The kernel gives one to the main thread, unless that blocks it; ours does while its guest runs, and
+ * another thread would get it.  So that it ends KVM_RUN here too, handlers have one of ours in front
+ * from the first KVM_RUN of the main thread on: it sends what another thread got on to the main one,
+ * where it waits, is seen, and is handled after KVM_RUN.
+ */
+
+typedef void handler_fn(int, siginfo_t *, void *);
+
+#define MAX_SIGNALS 65
+static atomic_bool main_has_run;
+/* A client that changes the mask of KVM_RUN does its own: which signals end it is not known here. */
+static atomic_bool has_signal_mask;
+static struct {
+    _Atomic(handler_fn *) handler; /* the program's */
+    atomic_int siginfo;            /* SA_SIGINFO if it asked for that, else 0 */
+    enum { NONE, COMING, SENT } _Atomic state;
+    siginfo_t info; /* of the signal on its way */
+} forwarded[MAX_SIGNALS];
+
+/* What one thread sends to another comes from tgkill(), and timers can name a thread. */
+static bool is_for_the_process(const siginfo_t *info)
+{
+    return info->si_code == SI_USER || info->si_code == SI_KERNEL || info->si_signo == SIGCHLD;
+}
+
+static bool in_main_thread(void) { return REAL(syscall)(SYS_gettid) == getpid(); }
+
+static void in_front(int sig, siginfo_t *info, void *context)
+{
+    siginfo_t copy;
+    int none = NONE, error = errno;
+
+    if (atomic_load(&main_takes) >> (sig - 1) & 1 && is_for_the_process(info) &&
+        !in_main_thread()) {
+        if (atomic_compare_exchange_strong(&forwarded[sig].state, &none, COMING)) {
+            forwarded[sig].info = *info;
+            atomic_store(&forwarded[sig].state, SENT);
+        }
+        REAL(syscall)(SYS_tgkill, getpid(), getpid(), sig);
+        errno = error;
+        return;
+    }
+    if (info->si_code == SI_TKILL && atomic_load(&forwarded[sig].state) == SENT &&
+        in_main_thread()) {
+        copy = forwarded[sig].info;
+        atomic_store(&forwarded[sig].state, NONE);
+        info = &copy;
+    }
+    atomic_load (&forwarded[sig].handler)(sig, info, context);
+}
+
+/* Puts ours in front of the program's.  One that is to go after its first signal is left as it is. */
+static void put_in_front(int sig, struct sigaction *action)
+{
+    handler_fn *handler = action->sa_sigaction;
+
+    if (!atomic_load(&main_has_run) || action->sa_handler == SIG_DFL ||
+        action->sa_handler == SIG_IGN || action->sa_flags & (int)SA_RESETHAND)
+        return;
+    if (handler != in_front) {
+        atomic_store(&forwarded[sig].handler, handler);
+        atomic_store(&forwarded[sig].siginfo, action->sa_flags & SA_SIGINFO);
+    }
+    action->sa_sigaction = in_front;
+    action->sa_flags |= SA_SIGINFO;
+}
+
+static void hide_ours(int sig, struct sigaction *action)
+{
+    if (action->sa_sigaction != in_front)
+        return;
+    action->sa_sigaction = atomic_load(&forwarded[sig].handler);
+    action->sa_flags = (action->sa_flags & ~SA_SIGINFO) | atomic_load(&forwarded[sig].siginfo);
+}
+
+/* KVM_RUN of this thread begins; `blocked`: the signals that do not end it.  False: not in the main one. */
+static bool main_enters(uint64_t blocked)
+{
+    if (atomic_load(&has_signal_mask) || !in_main_thread())
+        return false;
+    if (!atomic_exchange(&main_has_run, true))
+        for (int sig = 1; sig < MAX_SIGNALS; sig++) {
+            struct sigaction action;
+
+            if (sig == SIGSEGV || sig == SIGBUS || REAL(sigaction)(sig, NULL, &action))
+                continue;
+            put_in_front(sig, &action);
+            if (action.sa_sigaction == in_front)
+                REAL(sigaction)(sig, &action, NULL);
+        }
+    atomic_store(&main_takes, ~blocked);
+    return true;
+}
+
 /* ---- ioctl ---------------------------------------------------------------------------------------- */
 
 /* Requests that the kernel answers for every file before the driver is asked: fs/ioctl.c. */
@@ -512,6 +612,7 @@ static int kvm_ioctl(int fd, uint32_t request, uint64_t arg, bool *ours)
 {
     struct guard guard;
     int error = errno;
+    bool runs_in_main;
     int64_t result;
 
     /* fork() by its system call, behind libc's back: the interpreter here is not whole, and that the
@@ -521,8 +622,13 @@ static int kvm_ioctl(int fd, uint32_t request, uint64_t arg, bool *ours)
         errno = EIO;
         return -1;
     }
+    if (request == KVM_SET_SIGNAL_MASK)
+        atomic_store(&has_signal_mask, true);
     enter(&guard);
+    runs_in_main = request == KVM_RUN && main_enters(first_word(&guard.mask));
     result = api.ioctl(fd, request, arg, first_word(&guard.mask));
+    if (runs_in_main)
+        atomic_store(&main_takes, 0);
     if (result >= 0 && (request == KVM_CREATE_VM || request == KVM_CREATE_VCPU))
         remember((int)result, request == KVM_CREATE_VM ? VM : VCPU);
     leave(&guard);
@@ -824,9 +930,24 @@ static bool guard_action(int sig, const struct sigaction *action, struct sigacti
 EXPORT int sigaction(int sig, const struct sigaction *restrict action,
                      struct sigaction *restrict old)
 {
+    struct sigaction before, ours;
+
     if (guard_action(sig, action, old))
         return 0;
-    return REAL(sigaction)(sig, action, old);
+    if (inside || sig < 1 || sig >= MAX_SIGNALS || !atomic_load(&main_has_run))
+        return REAL(sigaction)(sig, action, old);
+    if (REAL(sigaction)(sig, NULL, &before))
+        return -1;
+    hide_ours(sig, &before);
+    if (action) {
+        ours = *action;
+        put_in_front(sig, &ours);
+        if (REAL(sigaction)(sig, &ours, NULL))
+            return -1;
+    }
+    if (old)
+        *old = before;
+    return 0;
 }
 
 EXPORT sighandler_t signal(int sig, sighandler_t handler)
@@ -835,7 +956,9 @@ EXPORT sighandler_t signal(int sig, sighandler_t handler)
 
     if (guard_action(sig, &action, &old))
         return old.sa_handler;
-    return REAL(signal)(sig, handler);
+    if (inside || !atomic_load(&main_has_run))
+        return REAL(signal)(sig, handler);
+    return sigaction(sig, &action, &old) ? SIG_ERR : old.sa_handler;
 }
 
 /* ---- what /dev/kvm looks like ------------------------------------------------------------------------ */

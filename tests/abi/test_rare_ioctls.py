@@ -151,6 +151,21 @@ def test_a_range_that_leaves_memory_is_mapped_up_to_there(machine: Machine) -> N
 
 
 @pytest.mark.spec("vcpu.PRE_FAULT_MEMORY")
+def test_a_large_page_ends_where_it_ends(machine: Machine) -> None:
+    emulated(machine, "has no two-dimensional paging")
+    large = 2 << 20
+    memory = mmap.mmap(-1, 2 * large)
+    hva = int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))
+    region = new("kvm_userspace_memory_region")
+    region.slot, region.guest_phys_addr, region.memory_size = 1, 4 * large, large
+    region.userspace_addr = -(-hva // large) * large
+    machine.ioctl(machine.vm, uapi.KVM_SET_USER_MEMORY_REGION, region)
+    # Its last page, and one behind the slot.
+    assert pre_fault(machine, 5 * large - PAGE, 2 * PAGE) == (0, 5 * large, PAGE)
+    assert pre_fault(machine, 4 * large, 2 * large) == (0, 5 * large, large)
+
+
+@pytest.mark.spec("vcpu.PRE_FAULT_MEMORY")
 def test_ranges_that_are_none(machine: Machine) -> None:
     for gpa, size, flags in (
         (0, 0, 0),

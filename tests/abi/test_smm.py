@@ -261,7 +261,7 @@ def test_no_memory_to_save_the_state_in(smm: Machine) -> None:
     def spin() -> None:
         ended.append(errno_of(lambda: smm.ioctl(other, uapi.KVM_RUN)))
 
-    thread = threading.Thread(target=spin)
+    thread = threading.Thread(target=spin, daemon=True)
     thread.start()
     smi(smm)
     assert smm.go_errno() == EIO

@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 import threading
+import time
 from errno import EBADF, ENOTTY
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,7 @@ import pytest
 from pykvm import uapi
 from pykvm.abi import ffi, new
 from pykvm.fd import table
+from pykvm.kvm.vm import live_vms
 from tests.abi.test_events import handler
 from tests.machine import Machine, emulated, errno_of
 
@@ -177,6 +179,23 @@ def test_it_outlives_vm_and_vcpu(new_machine: NewMachine, kind: str) -> None:
     stats.close()
 
 
+@pytest.mark.spec("vm.GET_STATS_FD", "fd.lifetime")
+def test_it_keeps_the_vm(machine: Machine) -> None:
+    if machine.backend.real:
+        pytest.skip("the kernel does not tell when a VM goes")
+    before = set(live_vms())
+    vm = machine.ioctl(machine.kvm, uapi.KVM_CREATE_VM)
+    stats = Stats(machine, vm)
+    (made,) = set(live_vms()) - before
+    os.close(vm)
+    table.reap()
+    assert made in live_vms()
+    assert stats.id
+    stats.close()
+    table.reap()
+    assert made not in live_vms()
+
+
 # ---- what is counted -----------------------------------------------------------------------------
 
 
@@ -323,8 +342,8 @@ def test_values_of_a_running_vcpu_are_seen(machine: Machine) -> None:
     machine.start(b"\x66\xb8\x01\x00\x00\x00\x0f\x01\xc1\xeb\xf5")
     thread = threading.Thread(target=machine.go_errno)
     thread.start()
-    seen = [stats["hypercalls"]]
-    while len(seen) < 3:
+    seen, end = [stats["hypercalls"]], time.monotonic() + 10
+    while len(seen) < 3 and time.monotonic() < end:
         threading.Event().wait(0.02)
         if (now := stats["hypercalls"]) != seen[-1]:
             seen.append(now)
@@ -334,4 +353,5 @@ def test_values_of_a_running_vcpu_are_seen(machine: Machine) -> None:
     signal.pthread_kill(thread.ident, signal.SIGUSR1)
     thread.join(10)
     signal.signal(signal.SIGUSR1, old)
+    assert len(seen) == 3
     assert seen == sorted(seen)

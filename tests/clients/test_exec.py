@@ -681,6 +681,64 @@ def test_a_signal_ends_kvm_run_before_its_handler_returns(compile_c: Compile) ->
     )
 
 
+@pytest.mark.spec("run.eintr")
+def test_a_signal_for_the_process_ends_the_main_threads_kvm_run(compile_c: Compile) -> None:
+    """As on Linux, which gives it to the main thread though others would take it."""
+    passes(
+        compile_c(
+            GUEST
+            + """
+            static siginfo_t last;
+            static int handled_by, handled;
+            static void handler(int signal, siginfo_t *info, void *context)
+            {
+                last = *info;
+                handled_by = syscall(SYS_gettid);
+                handled++;
+            }
+            static void plain(int signal) { handled_by = syscall(SYS_gettid); handled++; }
+            static void *sends(void *arg)
+            {
+                usleep(100000);
+                /* For this thread only: the guest runs on. */
+                pthread_kill(pthread_self(), SIGUSR2);
+                CHECK(handled == 1 && handled_by == syscall(SYS_gettid) && last.si_code == SI_TKILL);
+                usleep(50000);
+                kill(getpid(), SIGUSR1);
+                return NULL;
+            }
+            int main(void)
+            {
+                pthread_t thread;
+                struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO}, old;
+                sigaction(SIGUSR1, &action, NULL);
+                GUEST(0xeb, 0xfe);
+                run->immediate_exit = 1;
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EINTR);
+                run->immediate_exit = 0;
+                CHECK(sigaction(SIGUSR2, &action, &old) == 0 && old.sa_handler == SIG_DFL);
+                CHECK(sigaction(SIGUSR1, NULL, &old) == 0 && old.sa_sigaction == handler);
+                CHECK(old.sa_flags & SA_SIGINFO);
+                pthread_create(&thread, NULL, sends, NULL);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EINTR);
+                CHECK(handled == 2 && handled_by == getpid());
+                CHECK(last.si_signo == SIGUSR1 && last.si_code == SI_USER && last.si_pid == getpid());
+                pthread_join(thread, NULL);
+
+                CHECK(signal(SIGALRM, plain) == SIG_DFL && signal(SIGALRM, plain) == plain);
+                CHECK(sigaction(SIGALRM, NULL, &old) == 0 && !(old.sa_flags & SA_SIGINFO));
+                pthread_create(&thread, NULL, (void *)pause, NULL);
+                struct itimerval soon = {.it_value = {.tv_usec = 100000}};
+                setitimer(ITIMER_REAL, &soon, NULL);
+                FAILS(ioctl(vcpu, KVM_RUN, 0), EINTR);
+                CHECK(handled == 3 && handled_by == getpid());
+                return 0;
+            }
+            """
+        )
+    )
+
+
 def test_two_vcpus_run_at_the_same_time(compile_c: Compile) -> None:
     passes(
         compile_c(

@@ -340,6 +340,8 @@ FAR_TARGETS = [
     (FREE_SELECTOR, 0xC01B, NP, FREE_SELECTOR),
     (FREE_SELECTOR, 0xC0FB, GP, FREE_SELECTOR),
     (FREE_SELECTOR | 3, 0xC09B, GP, FREE_SELECTOR),
+    (FREE_SELECTOR, 0xC0FF, GP, FREE_SELECTOR),  # conforming, of a lower privilege
+    (FREE_SELECTOR, 0xC01F, NP, FREE_SELECTOR),
     (0x1230, 0xC09B, GP, 0x1230),
     (FREE_SELECTOR, 0x409B, GP, 0),  # offset beyond a limit of 1 MiB
 ]
@@ -426,6 +428,7 @@ def test_far_return_to_an_outer_level(m: Machine) -> None:
         (USER_CODE32 | 3, USER_CODE32 | 3, GP, USER_CODE32),
         (USER_CODE32 | 3, FREE_SELECTOR | 3, SS, FREE_SELECTOR),
         (0x1230, 0, GP, 0x1230),
+        (CODE16, 0, GP, CODE16),  # conforming, DPL 3, RPL 0
     ],
 )
 @pytest.mark.parametrize("insn", ["retf", "iretd"])
@@ -434,6 +437,7 @@ def test_far_return_checks(m: Machine, insn: str, cs: int, ss: int, vector: int,
     words = [CODE, cs, *([2] if insn == "iretd" else []), STACK, ss]
     for k, v in enumerate(words):
         m.write(STACK + 4 * k, v, 4)
+    m.set_gdt(CODE16, descriptor(0, 0xFFFFF, 0xC0FF))
     m.set_gdt(FREE_SELECTOR, descriptor(0, 0xFFFFF, 0xC073))
     faults(m, vector, error)
     assert m.selectors()["ss"] == DATA32

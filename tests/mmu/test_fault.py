@@ -308,6 +308,31 @@ def test_a_slot_that_goes_during_a_fault_is_not_mapped(
     assert steps(seen, AREA).count("make_mmu_pages_available") == 1
 
 
+@pytest.mark.spec("mmu.tdp_page_fault", "mmu.dirty_no_false")
+def test_logging_that_begins_during_a_fault_sees_its_write(
+    flat: Flat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault looked at a slot without a log; the ioctl is over before it maps the page writable."""
+    memory = flat.memory(AREA, 0x8000)
+    flat.read(AREA + 0x1000)
+    found = base.host_access
+    changed: list[int] = []
+
+    def host_access(slot: Any, gpa: Any, *, write: bool) -> bool:
+        result = found(slot, gpa, write=write)
+        if gpa >> 12 == (AREA >> 12) + 5 and not changed:
+            changed.append(gpa)
+            flat.vm._set_region(1, LOG, AREA, memory.size, memory.hva)
+        return result
+
+    for module in (direct, shadow):
+        monkeypatch.setattr(module, "host_access", host_access)
+    for _ in range(2):
+        flat.write(AREA + 0x5000, 7)
+        assert flat.dirty(1, 8) == {5}
+    assert len(changed) == 1
+
+
 @pytest.mark.spec("mmu.notifier", "mmu.tdp_page_fault")
 def test_host_memory_that_changes_during_a_fault_is_looked_at_again(
     flat: Flat, monkeypatch: pytest.MonkeyPatch

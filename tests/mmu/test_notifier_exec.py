@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -183,4 +182,72 @@ def test_memory_changes_under_running_vcpus(mode: str, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
 
 
-assert sys.platform == "linux"
+POISON = """
+#include <linux/userfaultfd.h>
+static volatile int signals;
+static siginfo_t last;
+static void on_sigbus(int number, siginfo_t *info, void *context) { last = *info; signals++; }
+
+int main(void)
+{
+    static const uint8_t code[] = {0x8a, 0x07, 0xe6, 0x10, 0xeb, 0xfa}; /* mov al, [bx]; out 0x10, al; jmp */
+    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO};
+    struct uffdio_api api = {.api = UFFD_API, .features = 1 << 14}; /* UFFD_FEATURE_POISON, Linux 6.6 */
+    struct kvm_sregs sregs;
+    struct kvm_regs regs = {.rip = 0x1000, .rflags = 2, .rbx = 0x5008};
+    int uffd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+    if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api)) return 77;
+    sigaction(SIGBUS, &action, NULL);
+    int kvm = device(), vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    uint8_t *memory = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memcpy(memory + 0x1000, code, sizeof code);
+    struct kvm_userspace_memory_region region = {.memory_size = 0x10000, .userspace_addr = (long)memory};
+    CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+    int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+    struct kvm_run *run = mmap(NULL, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+    CHECK(ioctl(vcpu, KVM_GET_SREGS, &sregs) == 0);
+    sregs.cs.base = sregs.cs.selector = 0;
+    CHECK(ioctl(vcpu, KVM_SET_SREGS, &sregs) == 0 && ioctl(vcpu, KVM_SET_REGS, &regs) == 0);
+    for (int turn = 0; turn < 2; turn++) {
+        /* Before the guest has touched the page, and after. */
+        if (turn) CHECK(ioctl(vcpu, KVM_RUN, 0) == 0 && run->exit_reason == KVM_EXIT_IO);
+        CHECK(madvise(memory + 0x5000, 4096, MADV_DONTNEED) == 0);
+        struct uffdio_register range = {{(long)memory + 0x5000, 4096}, UFFDIO_REGISTER_MODE_MISSING};
+        CHECK(ioctl(uffd, UFFDIO_REGISTER, &range) == 0);
+        struct { uint64_t start, len, mode; int64_t updated; } poison = {(long)memory + 0x5000, 4096};
+        if (ioctl(uffd, _IOWR(UFFDIO, 0x08, poison), &poison)) return 77;
+        for (int i = 1; i < 3; i++) {
+            signals = 0;
+            FAILS(ioctl(vcpu, KVM_RUN, 0), EINTR);
+            CHECK(signals == 1 && last.si_signo == SIGBUS && last.si_code == BUS_MCEERR_AR);
+            CHECK(last.si_addr == memory + 0x5000 && last.si_addr_lsb == 12);
+            CHECK(run->exit_reason == KVM_EXIT_INTR);
+            CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == 0x1000);
+        }
+        /* Another page in its place, and the guest goes on. */
+        CHECK(mmap(memory + 0x5000, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
+              == memory + 0x5000);
+        memory[0x5008] = 9;
+        CHECK(ioctl(vcpu, KVM_RUN, 0) == 0 && run->exit_reason == KVM_EXIT_IO);
+        CHECK(*((uint8_t *)run + run->io.data_offset) == 9 && signals == 1);
+        CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0);
+        regs.rip = 0x1000;
+        if (!turn) regs.rip = 0x1004;
+    }
+    puts("ok");
+    return 0;
+}
+"""
+
+
+@pytest.mark.spec("mmu.abnormal_pfn")
+def test_a_page_that_the_hardware_has_lost_is_a_sigbus_with_its_address(mode: str, tmp_path: Path) -> None:
+    """As userfaultfd makes one; KVM_RUN ends with EINTR, and the client can put another page there."""
+    source, program = tmp_path / "client.c", tmp_path / "client"
+    source.write_text(HEAD + POISON)
+    subprocess.run(["cc", "-w", "-O1", "-o", program, source, "-pthread"], check=True)
+    options = () if mode == "tdp" else ("--extension", "no-tdp")
+    done = execute(program, options=options)
+    if done.returncode == 77:
+        pytest.skip("the host has no userfaultfd that poisons pages")
+    assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)

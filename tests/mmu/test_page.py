@@ -93,11 +93,11 @@ def test_the_numbers_are_the_snapshots(shown: Shown) -> None:
     assert browser.log() == []
 
 
+@pytest.mark.parametrize("mode", ["shadow"], indirect=True)
 def test_it_needs_nothing_from_elsewhere(shown: Shown) -> None:
     assert shown.browser.js("return performance.getEntriesByType('resource').map(e => e.name)") == []
 
 
-@WIDTHS
 def test_looking_for_an_address_shows_the_walk(shown: Shown) -> None:
     guest, browser = shown.guest, shown.browser
     browser.type("#search", f"{TEST + 0x9123:x}")
@@ -260,6 +260,22 @@ def test_what_changed_between_two_moments(shown: Shown) -> None:
     assert browser.log() == []
 
 
+def test_each_vcpu_has_its_own_registers(browser: Browser, tmp_path: Path, new_guest: NewGuest) -> None:
+    guest = new_guest()
+    guest.map(0, FRAMES)
+    guest.finish(f"mov rsi, {TEST}; mov eax, [rsi]; hlt")
+    with guest.vm.create_vcpu(1):
+        _show(browser, tmp_path, guest.vm.mmu.snapshot())
+        browser.type("#search", f"{TEST:x}")
+        assert browser.text("#result").startswith(f"gfn {FRAMES >> 12:#x}, hva ")
+        browser.js("const s = document.querySelector('#vcpu'); s.value = 1; s.onchange({target: s})")
+        # In the state after reset: linear addresses are physical ones.
+        assert browser.text("#result").startswith(f"gfn {TEST >> 12:#x}, not mapped")
+        assert browser.text("#cpu").startswith("paging off")
+    assert browser.log() == []
+
+
+@pytest.mark.parametrize("mode", ["shadow"], indirect=True)
 def test_light_and_dark(shown: Shown) -> None:
     browser = shown.browser
     colours = set()
@@ -275,6 +291,7 @@ def test_light_and_dark(shown: Shown) -> None:
     assert browser.log() == []
 
 
+@pytest.mark.parametrize("mode", ["shadow"], indirect=True)
 def test_the_address_of_the_page_says_what_is_chosen(shown: Shown, tmp_path: Path) -> None:
     browser = shown.browser
     _show(browser, tmp_path, shown.after, shown.before, f"moment=before&theme=dark&gva={TEST:#x}")
@@ -391,6 +408,12 @@ int main(int argc, char **argv)
 """
 
 
+def test_run_says_what_it_cannot_do(tmp_path: Path) -> None:
+    path = str(tmp_path / "mmu.html")
+    assert "--mmu needs the fake device" in _pykvm("run", "--device", "/dev/kvm", "--mmu", path).stderr
+    assert "two that rise" in _pykvm("run", "--mmu", path, "--mmu-at", "5,1").stderr
+
+
 def test_exec_writes_the_page_of_an_unmodified_program(browser: Browser, tmp_path: Path) -> None:
     source, program, path = tmp_path / "client.c", tmp_path / "client", tmp_path / "exec.html"
     source.write_text(CLIENT)
@@ -400,11 +423,13 @@ def test_exec_writes_the_page_of_an_unmodified_program(browser: Browser, tmp_pat
     browser.open(path)
     assert browser.js("return mmu.changes === null && !mmu.moments.before")
     path.unlink()
-    done = _pykvm("exec", "--mmu", str(path), "--mmu-at", "0,0.3", "--", str(program), str(path))
+    options = ("--no-tdp", "--mmu", str(path), "--mmu-at", "0,0.3")
+    done = _pykvm("exec", *options, "--", str(program), str(path))
     assert done.returncode == 0, done
     browser.open(path)
     assert browser.text("h1") == "client"
     assert _tile(browser, "4 KiB mapped") >= 1
+    assert browser.text("#mode") == "shadow paging"
     assert browser.js("return mmu.moments.after.data.seconds - mmu.moments.before.data.seconds") >= 0.3
     assert "--mmu needs --mmu-at" in _pykvm("exec", "--mmu", str(path), "--", str(program)).stderr
 

@@ -408,3 +408,29 @@ def test_system_management_mode_has_pages_of_its_own(new_shadow: NewGuest) -> No
     } == {True}
     assert guest.go() == 1
     guest.vm.remove_memory(1 << 16)
+
+
+@pytest.mark.spec("mmu.role.direct", "mmu.role.level", "mmu.tdp")
+def test_what_direct_pages_cover() -> None:
+    """2 MiB, 1 GiB, 512 GiB and 256 TiB, from the level 1 to 4; the frame of an entry follows from the page's."""
+    guest = PagingGuest()
+    high = (5 << 39) + (7 << 30) + (9 << 21) + 0x3000
+    guest.vm.add_memory(high, 0x1000)[:4] = bytes([1, 2, 3, 4])
+    guest.map(0, high)
+    assert guest.finish(f"mov rsi, {TEST}; mov eax, [rsi]; hlt") == 0x04030201
+    ((page, index),) = guest.vm.mmu.rmap(high >> 12)
+    by_spt = {each.spt: each for each in guest.vm.mmu.pages()}
+    way = []
+    while True:
+        level = page.role.level
+        assert page.role.direct
+        assert page.gfn << 12 == high >> 12 + 9 * level << 12 + 9 * level
+        assert page.gfn_of(index) << 12 == high >> 3 + 9 * level << 3 + 9 * level
+        way.append((level, index))
+        if not page.parents:
+            break
+        ((spt, index),) = page.parents
+        page = by_spt[spt]
+    assert way == [(1, 3), (2, 9), (3, 7), (4, 5)]
+    assert guest.vm.mmu.audit() == []
+    guest.close()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pykvm.abi import ffi, uapi
 from tests.mmu.guest import (
@@ -382,6 +384,80 @@ def test_toggling_cr4_syncs_every_root(new_shadow: NewGuest, how: str) -> None:
         {touch(0)}; mov rbx, {second}; mov cr3, rbx; {EDIT}; {toggle}
         mov rbx, {first | NOFLUSH}; mov cr3, rbx; mov eax, [rsi]; hlt"""
     assert guest.finish(source) == 2
+
+
+PCID_TABLES = ((ROOT, PT), (0x30000, 0x33000))  # of two address spaces: CR3, and the table behind TEST
+DESCRIPTORS = 0x38000
+pcids = st.integers(0, 1)
+pcid_operation = st.one_of(
+    st.tuples(st.just("edit"), pcids, st.integers(0, 5)),
+    st.tuples(st.just("switch"), pcids, st.booleans()),
+    st.tuples(st.just("invpcid"), pcids, st.integers(0, 3)),
+    st.sampled_from([("invlpg", 0, 0), ("pge", 0, 0), ("read", 0, 0), ("read", 0, 0)]),
+)
+
+
+def pcid_program(operations: list[tuple[str, int, int]]) -> tuple[str, list[set[int]]]:
+    """Return the guest's code, and for each of its reads the frames that the architecture allows.
+
+    A translation of a PCID may be as old as the last invalidation of that PCID.
+    """
+    now, current, allowed = 0, [0, 0], [{0}, {0}]
+    source, reads = [f"mov rsi, {TEST}", "mov ebp, 1"], []
+
+    def invalidate(*which: int) -> None:
+        for pcid in which:
+            allowed[pcid] = {current[pcid]}
+
+    for name, pcid, value in operations:
+        if name == "edit":
+            source.append(f"mov rax, {FRAMES + value * 0x1000 | FULL}; mov [{PCID_TABLES[pcid][1]}], rax")
+            current[pcid] = value
+            allowed[pcid].add(value)
+        elif name == "switch":
+            source.append(f"mov rbx, {PCID_TABLES[pcid][0] | pcid | NOFLUSH * value}; mov cr3, rbx")
+            now = pcid
+            if not value:
+                invalidate(pcid)
+        elif name == "invpcid":
+            source.append(f"mov ecx, {value}; invpcid rcx, [{DESCRIPTORS + 16 * pcid}]")
+            invalidate(*((pcid,) if value < 2 else (0, 1)))
+        elif name == "invlpg":
+            source.append("invlpg [rsi]")
+            invalidate(now)
+        elif name == "pge":
+            source.append(f"mov rcx, cr4; xor rcx, {uapi.X86_CR4_PGE}; mov cr4, rcx")
+            invalidate(0, 1)
+        else:
+            source.append("mov eax, [rsi]; STOP")
+            reads.append(set(allowed[now]))
+    return "; ".join([*source, "hlt"]), reads
+
+
+@given(st.lists(pcid_operation, min_size=8, max_size=40))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.spec("mmu.prev_roots", "mmu.tlb_model", "mmu.sync_cr3", "mmu.sync_invlpg")
+def test_pcids_at_random(mode: str, operations: list[tuple[str, int, int]]) -> None:
+    """Edits of two address spaces from either, switches that flush and that do not, and INVPCID."""
+    guest = PagingGuest(tdp=mode == "tdp", cr4=PCID)
+    try:
+        pdpt, pd = 0x31000, 0x32000
+        root, table = PCID_TABLES[1]
+        for at, value in ((root, pdpt), (pdpt, PD_LOW), (pdpt + 8, pd), (pd, table)):
+            guest.write(at, value | TABLE)
+        for n in range(6):
+            guest.write(FRAMES + n * 0x1000, n, 4)
+        for pcid in (0, 1):
+            guest.write(PCID_TABLES[pcid][1], FRAMES | FULL)
+            guest.write(DESCRIPTORS + 16 * pcid, pcid, 8)
+            guest.write(DESCRIPTORS + 16 * pcid + 8, TEST, 8)
+        source, reads = pcid_program(operations)
+        for n, allowed in enumerate(reads):
+            value = guest.begin(source) if n == 0 else guest.go()
+            assert value in allowed, f"read {n} of {len(reads)}"
+        assert guest.vm.mmu.audit() == []
+    finally:
+        guest.close()
 
 
 @pytest.mark.spec("mmu.slot_bitmap", "mmu.dirty_log")

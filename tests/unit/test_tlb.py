@@ -92,6 +92,7 @@ def test_invlpg_flushes_the_whole_large_page(machine: Machine, level: int) -> No
     assert m.run(CODE_LA, LA + 0x105000) == Outcome("pf", LA + 0x105000, 0)
 
 
+@pytest.mark.spec("cpu.tlb_rules")
 def test_invlpg_of_a_4_mib_page(machine: Machine) -> None:
     m = machine
     root = 0x10000
@@ -123,7 +124,7 @@ def test_invlpg_leaves_other_pages_alone(machine: Machine) -> None:
     assert m.stats.tlb_flushes == flushes
 
 
-@pytest.mark.spec("mmu.tlb_model", "mmu.global_pages", "mmu.sync_cr3")
+@pytest.mark.spec("mmu.tlb_model", "mmu.global_pages", "mmu.sync_cr3", "cpu.tlb_rules")
 def test_cr3_load_flushes_all_but_global_pages(machine: Machine) -> None:
     m = machine
     m.put(0x5000, b"\x55")
@@ -146,6 +147,7 @@ def test_cr3_load_flushes_all_but_global_pages(machine: Machine) -> None:
     assert m.guest.cr4 & PGE
 
 
+@pytest.mark.spec("cpu.tlb_rules")
 def test_a_page_replaced_by_a_local_one_does_not_outlive_a_cr3_load(machine: Machine) -> None:
     m = machine
     m.put(0x5000, b"\x55")

@@ -413,6 +413,7 @@ def test_non_canonical(machine: Machine, la: int, code: bytes, what: str) -> Non
     assert machine.run(CODE_LA, la) == Outcome(what)
 
 
+@pytest.mark.spec("cpu.la57")
 def test_la57_makes_more_addresses_canonical(machine: Machine) -> None:
     m = machine
     top = 0x3F0000
