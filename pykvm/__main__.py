@@ -46,8 +46,17 @@ def personality(command: Callable[..., None]) -> Callable[..., None]:
     """Add --kernel and --cpu to a verb."""
     for name, what in (("--cpu", "processor"), ("--kernel", "kernel")):
         text = f"claim to be this {what}; see `pykvm profiles`"
-        command = click.option(name, metavar="NAME", callback=_known_profile, help=text)(command)
+        command = click.option(
+            name, metavar="NAME", callback=_known_profile, help=text,
+            envvar=f"PYKVM_{name[2:].upper()}", show_envvar=True,
+        )(command)  # fmt: skip
     return command
+
+
+def paging(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --no-tdp to a verb."""
+    text = "shadow paging instead of two-dimensional paging"
+    return click.option("--no-tdp", is_flag=True, envvar="PYKVM_NO_TDP", show_envvar=True, help=text)(command)
 
 
 def _seconds(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...]:
@@ -78,7 +87,7 @@ def mmu_page(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--memory", "mib", default=64, show_default=True, type=click.IntRange(2, 3072), help="in MiB")
 @click.option("--timeout", type=click.FloatRange(min=0), help="stop after so many seconds")
 @click.option("--device", help="use this real device, /dev/kvm, instead of the fake one")
-@click.option("--no-tdp", is_flag=True, help="shadow paging instead of two-dimensional paging")
+@paging
 @mmu_page
 @personality
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
@@ -169,7 +178,7 @@ def _print_result(result: Result) -> None:
 @click.option(
     "--extension", "extensions", multiple=True, help="offer an extension of pykvm's, such as x86-osi"
 )
-@click.option("--no-tdp", is_flag=True, help="shadow paging instead of two-dimensional paging")
+@paging
 @mmu_page
 @personality
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

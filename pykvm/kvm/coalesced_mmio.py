@@ -77,9 +77,8 @@ class CoalescedMmio:
 
     def sync(self) -> None:
         """Show in all copies what the client did to one of them."""
-        if self.zones:
-            with self._lock:
-                self._take_indices()
+        with self._lock:
+            self._take_indices()
 
     def write(self, addr: int, data: bytes, pio: int) -> bool:
         """Put a write of at most eight bytes into the ring; False: no zone has it, or there is no room."""

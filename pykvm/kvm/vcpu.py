@@ -117,6 +117,8 @@ class Vcpu:
         self.debug: GuestDebug = GuestDebug()
         self.steal_time = StealTime()
         self.fpstate: Fpstate | None = None
+        # As the VM's: every ioctl asks.
+        self.is_dead = vm.is_dead
         self._reset()
 
     def _reset_apic_base(self) -> int:
@@ -151,11 +153,6 @@ class Vcpu:
     def absent_requests(self) -> frozenset[int]:
         """Requests on a vCPU that its kernel does not know."""
         return absent_requests(self.vm.kernel, "vcpu")
-
-    @property
-    def is_dead(self) -> bool:
-        """Say if the VM can be used no more."""
-        return self.vm.is_dead
 
     @property
     def is_bsp(self) -> bool:
@@ -236,7 +233,9 @@ def run(vcpu: Vcpu) -> int:
         immediate_exit = kvm_run.immediate_exit if rules.immediate_exit else 0
         kvm_run.flags = 0
         vcpu.fpstate = None
-        vcpu.vm.coalesced_mmio.sync()
+        coalesced = vcpu.vm.coalesced_mmio
+        if coalesced.zones:
+            coalesced.sync()
         try:
             return _run(vcpu, kvm_run, immediate_exit)
         except MemoryFault as fault:
@@ -249,7 +248,8 @@ def run(vcpu: Vcpu) -> int:
                 regs.store_sync_regs(vcpu)
             post_run_save(vcpu)
             vcpu.stat.host_state_reload += 1
-            vcpu.vm.coalesced_mmio.sync()
+            if coalesced.zones:
+                coalesced.sync()
             for stats_file in vcpu.vm.stats_files:
                 stats_file.refresh()
     finally:

@@ -167,6 +167,7 @@ class Vm:
         """Refuse every ioctl on the VM and its vCPUs from now on, and end those that run (kvm_vm_dead)."""
         self.is_dead = True
         for vcpu in tuple(self.vcpus.values()):
+            vcpu.is_dead = True
             vcpu.events.requested = True
             vcpu.cpu.kick()
 

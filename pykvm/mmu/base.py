@@ -55,7 +55,7 @@ class MemoryFault(KvmError):
 
 
 class PoisonedPageError(KvmError):
-    """The hardware has lost a page: the thread gets SIGBUS, for which KVM_RUN ends (kvm_send_hwpoison_signal)."""
+    """The hardware has lost a page: the thread gets SIGBUS, and KVM_RUN ends (kvm_send_hwpoison_signal)."""
 
     def __init__(self, hva: int) -> None:
         """Report the page at `hva`."""

@@ -189,8 +189,8 @@ class TdpMmu(Mmu):
         self._step(vcpu, fault.gpa, "kvm_faultin_pfn")
         try:
             host_writable = host_access(slot, fault.gpa, write=fault.write)
-        except PoisonedPageError as error:
-            self._handle_error_pfn(vcpu, error)
+        except PoisonedPageError as poisoned:
+            self._handle_error_pfn(vcpu, poisoned)
             raise
         except MemoryFault:
             self._step(vcpu, fault.gpa, "handle_abnormal_pfn")

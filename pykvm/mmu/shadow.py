@@ -265,8 +265,8 @@ class ShadowMmu(Mmu):
         self._step(vcpu, gpa, "kvm_faultin_pfn")
         try:
             host_writable = host_access(slot, Gpa(gpa), write=want.write)
-        except PoisonedPageError as error:
-            self._handle_error_pfn(vcpu, error)
+        except PoisonedPageError as poisoned:
+            self._handle_error_pfn(vcpu, poisoned)
             raise
         except MemoryFault:
             self._step(vcpu, gpa, "handle_abnormal_pfn")

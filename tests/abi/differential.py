@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
 from pykvm import uapi
 from pykvm.abi import CData, ffi, new
 from tests.machine import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Call: TypeAlias = "tuple[str, int, int | CData]"
 State: TypeAlias = "dict[str, bytes]"

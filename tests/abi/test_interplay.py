@@ -10,7 +10,8 @@ import pytest
 
 from pykvm import uapi
 from pykvm.abi import CData, ffi, new, to_bytes
-from tests.machine import Machine, emulated, errno_of
+from tests.abi import differential
+from tests.machine import Backend, Machine, emulated, errno_of
 from tests.snapshot import supported_cpuid
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ def full() -> bytearray:
     data[XMM : XMM + 256] = bytes(n | 1 for n in range(256))
     data[YMM : YMM + 256] = bytes(n | 2 for n in range(256))
     return data
+
+
+@pytest.mark.spec("vcpu.save_order")
+def test_random_sets_are_in_the_gets_as_on_the_real_device(backend: Backend) -> None:
+    if not backend.real:
+        pytest.skip("compares with the real device: --real, or `python -m tests.abi.differential`")
+    assert [found for seed in range(60) if (found := differential.compare(seed))] == []
 
 
 # ---- XSAVE and FPU -------------------------------------------------------------------------------

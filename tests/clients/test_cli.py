@@ -13,10 +13,10 @@ import pytest
 CHECKSUM = "0x185f2e107cafeb29"  # of 20 million iterations, from an independent C program
 
 
-def pykvm(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def pykvm(*args: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line, output piped: plain text."""
     command = [sys.executable, "-m", "pykvm", *args]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=env)
 
 
@@ -41,6 +41,17 @@ def test_run_boots_the_guest_of_the_package(options: tuple[str, ...]) -> None:
         assert line in done.stdout
     assert "MIPS" in done.stdout
     assert "\x1b" not in done.stdout, "no colours when piped"
+
+
+def test_switches_come_from_the_environment_too(tmp_path: Path) -> None:
+    # xor eax, eax; cpuid; mov al, bl; out 0xe9, al; mov al, 5; out 0xf4, al
+    image = boot_sector(tmp_path, "6631c0 0fa2 88d8 e6e9 b005 e6f4")
+    for cpu, first in (("skylake", "G"), ("epyc", "A")):
+        done = pykvm("run", image, PYKVM_NO_TDP="1", PYKVM_CPU=cpu)
+        assert done.stdout.startswith(f"{first}\n"), done.stderr
+    done = pykvm("exec", "--", "env", PYKVM_NO_TDP="1", PYKVM_KERNEL="5.10")
+    assert "PYKVM_EXEC_EXTENSIONS=no-tdp\n" in done.stdout
+    assert "PYKVM_EXEC_KERNEL=5.10\n" in done.stdout
 
 
 def test_run_json() -> None:
