@@ -115,8 +115,8 @@ static int set_up(struct memory_file *file, uint64_t size, int cloexec, int read
     return file->watch < 0 ? -1 : 0;
 }
 
-int file_create(struct memory_file *file, const char *name, uint64_t size, int cloexec, int readonly,
-                int queue)
+int file_create(struct memory_file *file, const char *name, uint64_t size, int cloexec,
+                int readonly, int queue)
 {
     int error;
 

@@ -853,13 +853,14 @@ int x_mov_s_e(struct cpu *cpu, const struct insn *i)
     return segment_loaded(cpu, i, i->src == CPU_SEG_SS);
 }
 
-/* With a 32-bit operand size processors write and read only the selector's 16 bits. */
+/* With a 32-bit operand size processors write and read only the selector's 16 bits; AMD's write a
+ * zero-extended one (SDM vol. 2 PUSH allows both; measured). */
 static unsigned sreg_slot_access(const struct insn *i) { return i->opsize == 4 ? 2 : i->opsize; }
 
 int x_push_s(struct cpu *cpu, const struct insn *i)
 {
     u64 sp = sp_add(cpu, GPR(cpu, RSP), -(s64)i->opsize), la;
-    unsigned size = sreg_slot_access(i);
+    unsigned size = is_amd(cpu) ? i->opsize : sreg_slot_access(i);
 
     if (!stack_linear(cpu, sp, size, ACC_WRITE, &la) ||
         !st_size(cpu, la, size, SEG(cpu, i->src).selector, ACC_STACK))
@@ -913,8 +914,7 @@ static int store_table(struct cpu *cpu, const struct insn *i, const struct cpu_t
 
     if (umip_blocks(cpu))
         return fault_gp(cpu, i, 0);
-    if (base_size == 4 && i->opsize == 2)
-        base &= 0xffffff;
+    /* All 32 bits, whatever the operand size: only LGDT and LIDT know one of 24. */
     memcpy(m, &limit, 2);
     memcpy(m + 2, &base, 8);
     if (!ea_linear(cpu, i, 2 + base_size, ACC_WRITE, &la) || !mem_check_alignment(cpu, la, 2) ||
@@ -1091,28 +1091,19 @@ static int verify(struct cpu *cpu, const struct insn *i, bool write)
 int x_verr(struct cpu *cpu, const struct insn *i) { return verify(cpu, i, false); }
 int x_verw(struct cpu *cpu, const struct insn *i) { return verify(cpu, i, true); }
 
+/* The operand is written only when it changes (SDM vol. 2 ARPL; measured: read-only pages do not
+ * matter otherwise). */
 int x_arpl(struct cpu *cpu, const struct insn *i)
 {
-    u16 src = REG16(cpu, i->src), dst;
-    u16_mem *p = NULL;
-    u64 la;
+    u16 src = REG16(cpu, i->src);
+    u64 dst;
 
-    if (i->flags & I_MEM) {
-        if (!ea_linear(cpu, i, 2, ACC_WRITE, &la) || !(p = rmw_begin(cpu, la, 2, ea_access(i))))
-            return stop(cpu, i);
-        dst = *p;
-    } else {
-        dst = REG16(cpu, i->dst);
-    }
-    bool raised = sel_rpl(dst) < sel_rpl(src);
-    if (raised)
-        dst = (u16)((dst & ~SELECTOR_RPL_MASK) | sel_rpl(src));
-    if (p) {
-        *p = dst;
-        rmw_end(cpu, p);
-    } else {
-        REG16(cpu, i->dst) = dst;
-    }
+    if (!rm_read(cpu, i, i->dst, 2, &dst))
+        return stop(cpu, i);
+    bool raised = sel_rpl((u16)dst) < sel_rpl(src);
+    u64 changed = (dst & ~(u64)SELECTOR_RPL_MASK) | sel_rpl(src);
+    if (raised && !rm_write(cpu, i, i->dst, 2, changed))
+        return stop(cpu, i);
     set_zf(cpu, raised);
     NEXT(cpu, i);
 }

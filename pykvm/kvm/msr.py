@@ -182,9 +182,9 @@ def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int:
         raise unsupported()
     try:
         return row.read(vcpu, index, host)
-    except MsrError:
-        # msr.c kvm_do_msr_access: what is listed reads as 0 for the client even if CPUID hides it.
-        if host and row.save:
+    except MsrError as error:
+        # x86.c kvm_do_msr_access: what is listed reads as 0 for the client even if CPUID hides it.
+        if host and row.save and error.reason == uapi.KVM_MSR_EXIT_REASON_UNKNOWN:
             return 0
         raise
 

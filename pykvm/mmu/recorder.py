@@ -49,11 +49,14 @@ class Recorder:
         self._title = title
         self._stop = threading.Event()
         self._taken: list[Snapshot] = []
+        # How many snapshots make the page, when nobody calls finish() first.
+        self._wanted = 2
         self._thread = threading.Thread(target=self._record, name="pykvm-mmu", daemon=True)
 
     def start(self, *, to_the_end: bool) -> None:
         """Begin; to_the_end: the last moment is that of `finish`, unless there are two times."""
-        self._missing = 2 if to_the_end else len(self._times)
+        if not to_the_end:
+            self._wanted = len(self._times)
         self._thread.start()
 
     def _record(self) -> None:
@@ -71,7 +74,7 @@ class Recorder:
                 return
             if (taken := self._take()) is not None:
                 self._taken.append(taken)
-        if len(self._taken) == self._missing:
+        if len(self._taken) == self._wanted:
             self._write()
 
     def finish(self) -> None:

@@ -8,5 +8,5 @@ interpreter.  `doctor` says why a program cannot be run so, `launcher` runs it.
 What LD_PRELOAD cannot do: a static program has no libc to stand before; a program that makes its
 system calls itself (Go) is not seen; a program under seccomp must allow the calls Python makes; last
 references are noticed when something is opened, not at once; memory that libc gives back by itself
-(free of a big block) is noticed when the guest touches it.
+(free of a big block) is noticed when the guest touches it; docs/guests.md has what follows for clients.
 """

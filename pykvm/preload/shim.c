@@ -136,6 +136,23 @@ static const char *setting(const char *name)
     return NULL;
 }
 
+/* A page that is zero in a child that fork() made: 1 says that this memory is where VMs live. */
+static volatile char *own_memory;
+
+/* In the child of a fork() by its system call, behind libc's back, where the interpreter is not whole. */
+static bool in_stray_child(void) { return own_memory && !*own_memory; }
+
+static bool mark_memory(void)
+{
+    void *page = REAL(mmap)(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (page == MAP_FAILED || REAL(madvise)(page, 4096, MADV_WIPEONFORK))
+        return false;
+    own_memory = page;
+    *own_memory = 1;
+    return true;
+}
+
 /* ---- memory behind slots ---- */
 
 /* Host ranges behind the memory slots, sorted and merged.  Written by Python, read on every munmap()
@@ -192,7 +209,8 @@ static struct change memory_changes(const void *address, size_t size)
     struct guard guard;
     int error = errno;
 
-    if (inside || change.end <= change.start || !behind_a_slot(change.start, change.end))
+    if (inside || in_stray_child() || change.end <= change.start ||
+        !behind_a_slot(change.start, change.end))
         return (struct change){0, 0};
     enter(&guard);
     api.invalidate_start(change.start, change.end);
@@ -245,20 +263,6 @@ static bool load(void)
     }
     start = (__typeof__(start))dlsym(handle, "embed_start");
     return start && start(&settings, &api) == 0;
-}
-
-/* A page that is zero in a child that fork() made: 1 says that this memory is where VMs live. */
-static volatile char *own_memory;
-
-static bool mark_memory(void)
-{
-    void *page = REAL(mmap)(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-    if (page == MAP_FAILED || REAL(madvise)(page, 4096, MADV_WIPEONFORK))
-        return false;
-    own_memory = page;
-    *own_memory = 1;
-    return true;
 }
 
 static bool start(void)
@@ -366,7 +370,7 @@ static int open_device(int flags)
     int result = -EIO, error = errno;
 
     enter(&guard);
-    if (start())
+    if (!in_stray_child() && start())
         result = api.open(flags);
     if (result >= 0)
         remember(result, SYSTEM);
@@ -615,14 +619,13 @@ static int kvm_ioctl(int fd, uint32_t request, uint64_t arg, bool *ours)
     bool runs_in_main;
     int64_t result;
 
-    /* fork() by its system call, behind libc's back: the interpreter here is not whole, and that the
-     * memory is another's is what the kernel would say of a VM or a vCPU. */
-    if (!*own_memory) {
+    /* What the kernel says of a VM or a vCPU in a process with other memory. */
+    if (in_stray_child()) {
         *ours = kind_of(fd) != NOT_OURS;
         errno = EIO;
         return -1;
     }
-    if (request == KVM_SET_SIGNAL_MASK)
+    if (request == KVM_SET_SIGNAL_MASK && arg)
         atomic_store(&has_signal_mask, true);
     enter(&guard);
     runs_in_main = request == KVM_RUN && main_enters(first_word(&guard.mask));

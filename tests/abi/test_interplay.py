@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from errno import EBUSY, EINVAL
+from errno import EBUSY, EINTR, EINVAL
 from typing import TYPE_CHECKING
 
 import pytest
@@ -93,6 +93,17 @@ def test_the_guest_has_what_set_fpu_set(machine: Machine) -> None:
     assert machine.go() == uapi.KVM_EXIT_HLT
     assert machine.regs.rax & 0xFFFF == 0x1234
     assert struct.unpack_from("<Q", image(machine), HEADER)[0] & SSE
+
+
+@pytest.mark.spec("vcpu.SET_FPU", "vcpu.SET_XSAVE")
+def test_set_fpu_does_not_bring_mxcsr_back(machine: Machine) -> None:
+    # Without SSE the MXCSR of an image is checked and stored, and the register is initialised.
+    assert set_image(machine, full(), FP) == 0
+    fpu = fpu_of(machine)
+    fpu.xmm[0][0] = 0x5A
+    machine.do(uapi.KVM_SET_FPU, fpu)
+    assert machine.complete() == EINTR
+    assert struct.unpack_from("<I", image(machine), MXCSR) == (0x1F80,)
 
 
 @pytest.mark.spec("vcpu.SET_XSAVE", "vcpu.GET_FPU", "fpu.state_ioctl")

@@ -359,6 +359,42 @@ def test_capabilities_that_are_always_there(machine: Machine) -> None:
     assert not machine.run.flags & uapi.KVM_RUN_X86_GUEST_MODE
 
 
+@pytest.mark.spec("cap.IRQ_ROUTING")
+def test_routes_can_be_counted_on_but_not_set_without_controllers(machine: Machine) -> None:
+    assert machine.cap(uapi.KVM_CAP_IRQ_ROUTING) == 4096
+    table = ffi.new("struct kvm_irq_routing *", {"entries": 1})
+    for count in (0, 1):
+        table.nr = count
+        assert errno_of(lambda: machine.ioctl(machine.vm, uapi.KVM_SET_GSI_ROUTING, table)) == EINVAL
+
+
+@pytest.mark.spec("vm.ASSIGN_DEVICE")
+@pytest.mark.parametrize("number", [0x69, 0x70, 0x71, 0x72, 0x73, 0x74, 0x75, 0xA4])
+def test_devices_are_not_assigned_any_more(machine: Machine, number: int) -> None:
+    """KVM_ASSIGN_PCI_DEVICE (64 bytes) and its family went with Linux 4.12."""
+    for size in (4, 8, 16, 52, 64):
+        request = 1 << 30 | size << 16 | 0xAE << 8 | number
+        assert errno_of(lambda r=request: machine.ioctl(machine.vm, r, new("kvm_regs"))) == ENOTTY
+
+
+@pytest.mark.spec("msr.migration")
+def test_migration_control_is_the_clients(machine: Machine) -> None:
+    """MSR_KVM_MIGRATION_CONTROL is none of KVM's: a client serves it by exits."""
+    emulated(machine, "has its own way of exits for registers")
+    control = 0x4B56_4D08
+    assert machine.get_msr(control) is None
+    assert not machine.set_msr(control, 1)
+    machine.enable(machine.vm, uapi.KVM_CAP_X86_USER_SPACE_MSR, uapi.KVM_MSR_EXIT_REASON_UNKNOWN)
+    # wrmsr; rdmsr; hlt
+    machine.start(b"\x0f\x30\x0f\x32" + HLT, rcx=control, rax=1, rdx=0)
+    assert machine.go() == uapi.KVM_EXIT_X86_WRMSR
+    assert (machine.run.msr.index, machine.run.msr.data) == (control, 1)
+    assert machine.go() == uapi.KVM_EXIT_X86_RDMSR
+    machine.run.msr.data = 1
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert machine.regs.rax == 1
+
+
 # ---- what needs a local APIC in the kernel, without one ------------------------------------------
 
 

@@ -291,6 +291,8 @@ def test_fork_and_vfork_by_their_system_calls(compile_c: Compile) -> None:
             if (!syscall(SYS_fork)) {
                 FAILS(ioctl(vcpu, KVM_GET_REGS, &regs), EIO);
                 FAILS(ioctl(vm, KVM_CREATE_VCPU, 1), EIO);
+                /* Not as Linux. */
+                FAILS(open("/dev/kvm", O_RDWR), EIO);
                 _exit(0);
             }
             CHECK(wait(&status) > 0 && status == 0);

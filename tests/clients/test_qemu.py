@@ -20,7 +20,11 @@ def firmware_says(engine: str, *options: str) -> str:
 
 
 @pytest.mark.spec("env.seabios")
-@pytest.mark.parametrize("options", [("-M", "pc"), ("-M", "q35"), ("-M", "pc", "-cpu", "max")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [("-M", "pc"), ("-M", "q35"), ("-M", "pc", "-cpu", "max", "-sandbox", "on,spawn=deny")],
+    ids=" ".join,
+)
 def test_seabios_runs_to_its_end(options: tuple[str, ...]) -> None:
     assert firmware_says("pykvm", *options) == firmware_says("tcg", *options)
 

@@ -33,7 +33,7 @@ SELECTOR = re.compile(r"/\d|rm\d|mem|reg|np|66|f3|f2|[WB]\d|64|16/32|vex|legacy"
 FORMS_WITHOUT_MODRM = {"", "A,I", "Z", "Z,I", "A,Z", "I", "Ib", "Iw", "Iw,Ib", "Jb", "J", "A,O", "O,A"}
 FORMS_WITHOUT_MODRM |= {"DX", "far", "string", "S"}
 FORMS_WITH_MODRM = {"E,G", "G,E", "E,I", "E,Ib", "G,E,I", "G,E,Ib", "E", "E,1", "E,CL", "E,G,Ib", "E,G,CL"}
-FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "control", "G,V,E", "G,E,V", "V,E"}
+FORMS_WITH_MODRM |= {"M", "G,M", "R", "ModRM", "control", "E,S", "G,V,E", "G,E,V", "V,E"}
 # V, H: vector registers of reg and vvvv; W: r/m; X: r/m that is a general register; G: reg that is one
 FORMS_OF_VECTORS = {"V,W", "V,W,Ib", "V,H,W", "V,H,W,Ib", "W,V", "W,H,V", "W,V,Ib", "H,W,Ib"}
 FORMS_OF_VECTORS |= {"V,X", "V,H,X", "V,H,X,Ib", "X,V", "X,V,Ib", "G,W", "G,W,Ib"}
@@ -66,8 +66,6 @@ SKIPPED = {
             "lsl",
             "verr",
             "verw",
-            "arpl",
-            "push_s",
             "pop_s",
             "les",
             "lds",

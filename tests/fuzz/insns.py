@@ -43,6 +43,13 @@ BATCH = TEMPLATES * VARIANTS
 LONG = 10_000_000
 BRANCH_STEP = 8  # FUZZ_STEP
 
+# As Linux and native.c have them (PUSH and MOV of segment registers).
+SELECTORS = {
+    64: {"cs": 0x33, "ds": 0x2B, "es": 0x2B, "ss": 0x2B, "fs": 0, "gs": 0},
+    32: {"cs": 0x23, "ds": 0x2B, "es": 0x2B, "ss": 0x2B, "fs": 0, "gs": 0},
+    16: {"cs": 0x07, "ds": 0x0F, "es": 0x17, "ss": 0x1F, "fs": 0, "gs": 0},
+}
+
 DATA_TABLE, CODE_TABLE, DATA_RAM, CODE_RAM = 0x100000, 0x101000, 0x110000, 0x120000
 
 
@@ -89,6 +96,8 @@ class Core:
         m.seg("gs").base = GS_BASE
         if bits < 64:
             self._legacy_segments(fuzz_lib, bits)
+        for name, selector in SELECTORS[bits].items():
+            m.seg(name).selector = selector
         m.guest.cr0 |= lib.X86_CR0_AM
         m.guest.cr4 |= lib.X86_CR4_OSFXSR | lib.X86_CR4_OSXMMEXCPT | lib.X86_CR4_OSXSAVE
         m.guest.xcr0 = 7

@@ -104,6 +104,8 @@ FOUND = [
     (64, "0f20c8", {}, "mov: #UD of a control register that is not there before #GP of the privilege"),
     (64, "67c482652d9406afe0ffff", {8: 0x9471_14B8, 14: 0x6B8F_0A96},
      "vmaskmovpd: elements behind 4 GiB are not at 0"),
+    (32, "16", {}, "push_s: all 32 bits are written (AMD)"),
+    (32, "66634bb5", {3: 0x1000_3100}, "arpl: writes only what changes, so not to a read-only page"),
     (64, "0f35", {}, "sysexit: #GP of the privilege before #UD (AMD, in long mode)"),
 ]  # fmt: skip
 

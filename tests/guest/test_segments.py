@@ -516,7 +516,62 @@ def test_bad_call_gates(m: Machine, target: int, kind: int, vector: int, error: 
     faults(m, vector, error)
 
 
+@pytest.mark.spec("cpu.far_transfers", "cpu.task_switch")
+@pytest.mark.parametrize("kind", [0x8C, 0x84, 0x85, 0x89, 0x81])
+@pytest.mark.parametrize("insn", ["jmp", "call"])
+def test_privilege_of_a_gate_is_that_of_rpl_too(m: Machine, insn: str, kind: int) -> None:
+    """Call gates, task gates and TSS of DPL 0, with RPL 1 at CPL 0."""
+    start(m, "prot32", f"bad: {insn} {FREE_SELECTOR | 1}:0")
+    call_gate(m, CODE32, CODE, kind)
+    faults(m, GP, FREE_SELECTOR)
+
+
+@pytest.mark.spec("cpu.far_transfers")
+@pytest.mark.parametrize("count", [15, 16, 31])
+def test_call_gate_copies_up_to_31_parameters(m: Machine, count: int) -> None:
+    start(m, "prot32", f"sub esp, 128; call {FREE_SELECTOR}:0", cpl=3)
+    call_gate(m, CODE32, CODE + 0x100, 0xEC, count)
+    m.asm("cpuid", CODE + 0x100, 32)
+    for k in range(32):
+        m.write(STACK - 128 + 4 * k, 0x1000 + k, 4)
+    m.run(lib.EXIT_CPUID)
+    assert m.reg("rsp") == STACK0 - 4 * (4 + count)
+    assert [m.read(m.reg("rsp") + 8 + 4 * k, 4) for k in range(count)] == [0x1000 + k for k in range(count)]
+
+
 # ---- IRET
+
+
+@pytest.mark.spec("cpu.far_transfers", "cpu.long_mode")
+@pytest.mark.tcg_differs("L with D is taken: SDM vol. 2 RET, IRET")
+@pytest.mark.parametrize("insn", ["rex.w retf", "iretq"])
+def test_no_return_to_a_segment_with_l_and_d(m: Machine, insn: str) -> None:
+    start(m, "long64", f"bad: {insn}")
+    m.set_gdt(FREE_SELECTOR, descriptor(0, 0xFFFFF, 0xE09B))
+    for k, v in enumerate((CODE, FREE_SELECTOR, 2, STACK, DATA32)):
+        m.write(STACK + 8 * k, v)
+    faults(m, GP, FREE_SELECTOR)
+
+
+@pytest.mark.spec("cpu.far_transfers", "cpu.vm86")
+@pytest.mark.tcg_differs("no limits: SDM vol. 3 5.3")
+def test_iret_to_vm86_beyond_64_kib(m: Machine) -> None:
+    start(m, "prot32", "bad: iretd")
+    for k, v in enumerate((0x10000, CODE >> 4, VM | 2, 0x1234, 0x700, 0x11, 0x22, 0x33, 0x44)):
+        m.write(STACK + 4 * k, v, 4)
+    faults(m, GP, 0)
+
+
+@pytest.mark.spec("cpu.seg_load", "cpu.long_mode")
+@pytest.mark.tcg_differs("RPL is not looked at: SDM vol. 2 MOV, 64-bit mode exceptions")
+@pytest.mark.parametrize("rpl", range(4))
+def test_a_null_ss_has_the_rpl_of_cpl(m: Machine, rpl: int) -> None:
+    start(m, "long64", f"mov eax, {rpl}; bad: mov ss, eax; cpuid")
+    if rpl:
+        faults(m, GP, 0)
+    else:
+        m.run(lib.EXIT_CPUID)
+        assert m.seg("ss").ar & UNUSABLE
 
 
 @pytest.mark.spec("cpu.far_transfers")
@@ -766,6 +821,22 @@ def test_16_bit_tss(m: Machine) -> None:
 
 
 @pytest.mark.spec("cpu.task_switch")
+def test_16_bit_task_gets_an_error_code_of_16_bits(m: Machine) -> None:
+    start(m, "prot32", "mov eax, 0x1234; bad: mov ds, eax")
+    m.load(TASK, bytes(0x2C))
+    words = [0x100, 2, 0, 0, 0, 0, 0x6800, 0, 0, 0, DATA16, CODE16, DATA16, DATA16, 0]
+    for k, v in enumerate(words):
+        m.write(TASK + 14 + 2 * k, v, 2)
+    m.set_gdt(TASK_SELECTOR, descriptor(TASK, 0x2B, 0x81))
+    m.set_gdt(CODE16, descriptor(CODE, 0xFFFF, 0x9B))
+    m.set_gate(GP, gate(TASK_SELECTOR, 0, 0x85))
+    m.write(0x67F8, 0xCCCCCCCC_CCCCCCCC)
+    m.asm("hlt", CODE + 0x100, 16)
+    m.run(lib.EXIT_HLT)
+    assert (m.guest.rip, m.reg("rsp"), m.read(0x67F8)) == (0x101, 0x67FE, 0x1234_CCCCCCCC_CCCC)
+
+
+@pytest.mark.spec("cpu.task_switch")
 @pytest.mark.parametrize(
     ("change", "vector", "error"),
     [
@@ -970,6 +1041,19 @@ def test_lgdt_takes_24_bits_with_a_16_bit_operand(m: Machine) -> None:
     assert (m.guest.idtr.base, m.guest.idtr.limit) == (0x12345678, 0x1234)
     assert m.read(0x510, 6) == 0x345678_1234
     assert m.read(0x520, 6) == 0x12345678_1234
+
+
+@pytest.mark.spec("cpu.lldt_ltr_lgdt")
+@pytest.mark.tcg_differs("24 bits of the base are stored: SDM vol. 2 SGDT has all 32")
+@pytest.mark.parametrize("code", ["sgdtw [0x510]", "sgdtd [0x510]", "sidtw [0x510]", "sidtd [0x510]"])
+@pytest.mark.parametrize("mode", ["real", "prot32"])
+def test_sgdt_stores_32_bits_with_any_operand_size(m: Machine, mode: str, code: str) -> None:
+    start(m, mode, f"{code}; cpuid")
+    m.guest.gdtr.base = m.guest.idtr.base = 0x89ABCDEF
+    m.guest.gdtr.limit = m.guest.idtr.limit = 0x1234
+    m.load(0x510, b"\xcc" * 8)
+    m.run(lib.EXIT_CPUID)
+    assert m.read(0x510) == 0xCCCC_89ABCDEF_1234
 
 
 @pytest.mark.spec("cpu.lldt_ltr_lgdt")

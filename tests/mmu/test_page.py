@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +14,11 @@ import pytest
 
 from pykvm.abi import uapi
 from pykvm.mmu import page
+from pykvm.mmu import spte as sptes
 from pykvm.mmu.recorder import parse_times
 from pykvm.mmu.view import gpte_bits, spte_bits
 from tests.mmu.browser import MISSING, Browser
-from tests.mmu.guest import FRAMES, FULL, PDPT, PS, PT, ROOT, TEST, PagingGuest
+from tests.mmu.guest import FRAMES, FULL, PD, PDPT, PS, PT, ROOT, TEST, PagingGuest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,6 +231,36 @@ def test_a_snapshot_has_the_tables_of_all_address_spaces(new_guest: NewGuest) ->
     assert seen.vcpus[0].cr3 == other
     (table,) = [t for t in seen.guest_tables if t.gfn == other >> 12]
     assert table.table == bytes(guest.ram[other : other + 0x1000])
+
+
+@pytest.mark.parametrize("mode", ["shadow"], indirect=True)
+def test_a_snapshot_of_a_running_guest_is_of_one_moment(new_guest: NewGuest) -> None:
+    guest = new_guest()
+    for page_number in range(8):
+        guest.map(page_number, FRAMES + page_number * 0x1000)
+    stop = 0x6000
+    loop = f"1: mov [{PD}], rax; mov ebx, [rsi]; cmp byte ptr [{stop}], 0; je 1b; hlt"
+    guest.run(f"mov rsi, {TEST}; mov rax, [{PD}]; out 1, al; {loop}")
+    runner = threading.Thread(target=guest.vcpu.run, daemon=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    runner.start()
+    try:
+        moments = [guest.vm.mmu.snapshot() for _ in range(1500)]
+    finally:
+        sys.setswitchinterval(interval)
+        guest.ram[stop] = 1
+        runner.join(30)
+    assert not runner.is_alive()
+    assert len({seen.stat["pf_taken"] for seen in moments}) > 10, "it did not run meanwhile"
+    for seen in moments:
+        links = {
+            (e & sptes.PFN_MASK, p.spt, i)
+            for p in seen.pages
+            for i, e in enumerate(p.entries)
+            if sptes.is_shadow_present(e) and not sptes.is_last(e, p.role.level)
+        }
+        assert links == {(p.spt, *parent) for p in seen.pages for parent in p.parents}
 
 
 def _tables(moment: Snapshot) -> tuple[dict[object, tuple[bytes, int]], dict[object, tuple[bytes, int]]]:

@@ -1,6 +1,7 @@
 """Many slots, many pages, much memory: what they cost, counted in tables and in Python calls, not in time.
 
-A million pages one by one: ``MMU_SCALE=1000000 pytest tests/mmu/test_scale.py -k one_by_one``.
+A million pages one by one: ``MMU_SCALE=1000000 pytest tests/mmu/test_scale.py -k one_by_one``; it takes
+minutes and 4 GiB of memory.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def test_pages_mapped_one_by_one(flat: Flat) -> None:
     half = (SCALE - 1) // 2
     flat.finish("hlt")
     before = flat.stats("pages_4k", "pf_taken")
-    first = all_pages(0, 64) if SCALE < 100000 else 10**9
+    first = all_pages(0, 64)
     costs = all_pages(64, half - 64), all_pages(half, half)
     after = flat.stats("pages_4k", "pf_taken")
     assert after[0] - before[0] == 2 * half
@@ -110,14 +111,14 @@ def test_pages_mapped_one_by_one(flat: Flat) -> None:
     flat.vm._set_region(1, LOG, AREA + PAGE, (SCALE - 1) * PAGE, memory.hva)
     few = calls(lambda: flat_dirty(flat))
     run(flat, "mov [ebx], eax; hlt", rbx=AREA + PAGE + half * PAGE)
-    assert calls(lambda: flat_dirty(flat)) < few + 60
+    assert calls(lambda: flat_dirty(flat)) < few + 300
     run(flat, "mov [ebx], eax; hlt", rbx=AREA + PAGE + 2 * PAGE)
     assert flat_dirty(flat) == {2}
     zap = calls(lambda: flat.vm._set_region(1, 0, AREA + PAGE, 0, memory.hva))
     # Two-dimensional paging has leaves to count, shadow paging drops all at once.
     assert zap < (30 * SCALE if flat.tdp else 40 * tables + 500)
     assert flat.levels(AREA + PAGE) == []
-    memory.close()
+    memory.map.close()
 
 
 def flat_dirty(flat: Flat) -> set[int]:
