@@ -61,19 +61,20 @@ class CoalescedMmio:
         # KVM's ring_lock; a client's signal handler may come in between.
         self._lock = threading.RLock()
         self._page = memoryview(bytearray(_PAGE_SIZE))
-        self._copies: tuple[memoryview, ...] = ()
+        self._copies: dict[int, memoryview] = {}
 
-    def add_copy(self, memory: CData) -> None:
-        """Have a new vCPU's mapping, a ``void *``, show the ring, too."""
+    def add_copy(self, vcpu_id: int, memory: CData) -> None:
+        """Have a new vCPU's mapping, a ``void *``, show the ring, too; until `drop_copy` it must stay."""
         copy = memoryview(ffi.buffer(ffi.cast("char *", memory) + OFFSET, _PAGE_SIZE)).cast("B")
         with self._lock:
             self._take_indices()
             copy[:] = self._page
-            self._copies += (copy,)
+            self._copies[vcpu_id] = copy
 
-    def clear(self) -> None:
-        """Let the vCPUs' mappings go."""
-        self._copies = ()
+    def drop_copy(self, vcpu_id: int) -> None:
+        """Let a vCPU's mapping go."""
+        with self._lock:
+            self._copies.pop(vcpu_id, None)
 
     def sync(self) -> None:
         """Show in all copies what the client did to one of them."""
@@ -91,7 +92,7 @@ class CoalescedMmio:
                 return False
             at = _INDICES.size + last * _ENTRY.size
             entry = _ENTRY.pack(addr, len(data), pio, data)
-            for copy in (self._page, *self._copies):
+            for copy in (self._page, *self._copies.values()):
                 copy[at : at + _ENTRY.size] = entry
             # After the entry, by which the client takes it for valid.
             self._put_indices(first, (last + 1) % _MAX)
@@ -100,14 +101,14 @@ class CoalescedMmio:
     def _take_indices(self) -> tuple[int, int]:
         """Return first and last as the client has them in the copy in which it came furthest."""
         first, last = known = _INDICES.unpack_from(self._page)
-        changed = {seen for copy in self._copies if (seen := _INDICES.unpack_from(copy)) != known}
+        changed = {seen for copy in self._copies.values() if (seen := _INDICES.unpack_from(copy)) != known}
         if changed:
             first, last = max(changed, key=lambda seen: (seen[0] - known[0]) % _MAX)
             self._put_indices(first, last)
         return first, last
 
     def _put_indices(self, first: int, last: int) -> None:
-        for copy in (self._page, *self._copies):
+        for copy in (self._page, *self._copies.values()):
             _INDICES.pack_into(copy, 0, first, last)
 
 

@@ -176,9 +176,9 @@ class Vm:
         _live.discard(self)
         for vcpu in self.vcpus.values():
             vcpu.destroy()
+            self.coalesced_mmio.drop_copy(vcpu.id)
         self.vcpus = {}
         self._run_memory = {}
-        self.coalesced_mmio.clear()
         self.memslots = memslots.new_address_spaces(len(self.memslots))
         self.mmu.destroy()
 
@@ -229,6 +229,7 @@ class Vm:
                 f"kvm-vcpu:{vcpu_id}", "vcpu", vcpu, self._vcpu_file_size(), install=self._run_installer(vcpu)
             )
         except BaseException:
+            self.coalesced_mmio.drop_copy(vcpu_id)
             self._run_memory.pop(vcpu_id, None)
             vcpu.destroy()
             self.put()
@@ -245,7 +246,7 @@ class Vm:
             # The vCPU stays part of the VM when its descriptor is closed, and so must its kvm_run.
             self._run_memory[vcpu.id] = file.memory
             vcpu.run = ffi.cast("struct kvm_run *", file.memory)
-            self.coalesced_mmio.add_copy(file.memory)
+            self.coalesced_mmio.add_copy(vcpu.id, file.memory)
             if self.dirty_ring_size:
                 vcpu.dirty_ring = make_ring(vcpu, file.memory, self.dirty_ring_size)
 
