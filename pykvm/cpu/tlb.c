@@ -659,6 +659,13 @@ bool mem_write(struct cpu *cpu, u64 la, const void *p, unsigned size, unsigned a
     return n == 1 || span_write(cpu, &s[1], (const u8 *)p + s[0].len);
 }
 
+bool mem_probe_read(struct cpu *cpu, u64 la, unsigned size, unsigned access)
+{
+    struct span s[2];
+
+    return translate_spans(cpu, la, size, access, s) != 0;
+}
+
 bool mem_probe_write(struct cpu *cpu, u64 la, unsigned size, unsigned access)
 {
     struct span s[2];

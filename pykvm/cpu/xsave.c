@@ -177,9 +177,7 @@ static bool read_piece(struct cpu *cpu, const struct insn *i, u64 la, u32 offset
 static bool read_pieces(struct cpu *cpu, const struct insn *i, u64 la, u32 size,
                         const struct pieces *s)
 {
-    u8 last;
-
-    if (!read_piece(cpu, i, la, size - 1, 1, &last))
+    if (!mem_probe_read(cpu, la + size - 1, 1, ea_access(i)))
         return false;
     for (unsigned k = 0; k < s->n; k++)
         if (!read_piece(cpu, i, la, s->p[k].offset, s->p[k].size, s->p[k].data))
@@ -190,8 +188,7 @@ static bool read_pieces(struct cpu *cpu, const struct insn *i, u64 la, u32 size,
 /* The area begins on the first of its two pages. */
 static bool read_header(struct cpu *cpu, const struct insn *i, u64 la, struct header *h)
 {
-    u8 first;
-    return read_piece(cpu, i, la, 0, 1, &first) &&
+    return mem_probe_read(cpu, la, 1, ea_access(i)) &&
            read_piece(cpu, i, la, HEADER_OFFSET, sizeof(*h), h);
 }
 

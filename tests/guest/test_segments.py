@@ -557,7 +557,7 @@ def test_no_return_to_a_segment_with_l_and_d(m: Machine, insn: str) -> None:
 @pytest.mark.tcg_differs("no limits: SDM vol. 3 5.3")
 def test_iret_to_vm86_beyond_64_kib(m: Machine) -> None:
     start(m, "prot32", "bad: iretd")
-    for k, v in enumerate((0x10000, CODE >> 4, VM | 2, 0x1234, 0x700, 0x11, 0x22, 0x33, 0x44)):
+    for k, v in enumerate((0x12345, CODE >> 4, VM | 2, 0x1234, 0x700, 0x11, 0x22, 0x33, 0x44)):
         m.write(STACK + 4 * k, v, 4)
     faults(m, GP, 0)
 
