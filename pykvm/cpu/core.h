@@ -682,7 +682,7 @@ bool raise_exit(struct cpu *cpu, u32 reason);
 /* Slow paths (tlb.c): TLB miss, page crossing, MMIO, code pages. They set cpu->stop on false. */
 bool mem_read(struct cpu *cpu, u64 la, void *p, unsigned size, unsigned access);
 bool mem_write(struct cpu *cpu, u64 la, const void *p, unsigned size, unsigned access);
-/* Checks that [la, la+size) could be written without doing it. */
+/* Checks that [la, la+size) could be read, written without doing it. */
 bool mem_probe_read(struct cpu *cpu, u64 la, unsigned size, unsigned access);
 bool mem_probe_write(struct cpu *cpu, u64 la, unsigned size, unsigned access);
 /* #AC when alignment is checked; every access but ACC_BYTES has that already. */
