@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pykvm import doc
 from tests.mmu import walkthrough
+from tests.spec_report import absent_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ def parts() -> dict[tuple[str, str], Callable[[], str]]:
         ("docs/exits.md", "exits"): lambda: doc.markdown(doc.exit_rows(), doc.EXIT_HEAD),
         ("docs/insns.md", "insns"): lambda: doc.markdown(doc.insn_rows(), doc.INSN_HEAD),
         ("docs/profiles.md", "profiles"): doc.profiles,
+        ("docs/conformance.md", "rows"): absent_table,
         ("README.md", "status"): doc.summary,
         **{("docs/mmu.md", name): partial(walkthrough.text, name) for name in walks},
     }

@@ -7,13 +7,15 @@ today's VMMs, 2 devices, migration and debugging, 3 the rest, X obsolete.
 from __future__ import annotations
 
 import json
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import TypedDict
 
 import pytest
 
-ROWS = Path(__file__).parent / "spec" / "features.json"
+SPEC = Path(__file__).parent / "spec"
+ROWS, ABSENT = SPEC / "features.json", SPEC / "absent.toml"
 TIERS = ("S", "1", "2", "3", "X")
 
 
@@ -31,6 +33,22 @@ def load_rows() -> dict[str, Row]:
     """Return all rows by id."""
     rows: list[Row] = json.loads(ROWS.read_text())
     return {row["id"]: row for row in rows}
+
+
+def load_absent() -> dict[str, str]:
+    """Return why no test proves a row of tiers S, 1 or 2, by its id."""
+    return {
+        row: group["why"] for group in tomllib.loads(ABSENT.read_text())["absent"] for row in group["rows"]
+    }
+
+
+def absent_table() -> str:
+    """Return those rows as a table, as docs/processor.md and others have them."""
+    rows = load_rows()
+    lines = ["| row | tier | what | why no test proves it |", "|---|---|---|---|"]
+    for name, why in load_absent().items():
+        lines.append(f"| {name} | {rows[name]['tier']} | {rows[name]['title'].replace('|', '/')} | {why} |")
+    return "\n".join(lines) + "\n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from errno import E2BIG, EFAULT, EINTR, EINVAL, ENOENT, ENXIO
 from typing import TYPE_CHECKING
 
@@ -776,7 +777,10 @@ def test_a_copy_kept_by_clearing_is_the_memory(new_rings: Callable[..., RingVm])
             copy[page * PAGE : (page + 1) * PAGE] = vm.ram[page * PAGE : (page + 1) * PAGE]
         return len(found)
 
-    told = sum(copy_pages() for _ in range(100))
+    # A hundred times, and until the guests have got to write between two of them.
+    told, end = sum(copy_pages() for _ in range(100)), time.monotonic() + 30
+    while told <= NPAGES and time.monotonic() < end:
+        told += copy_pages()
     vm.ram[0x700] = 1
     for thread in threads:
         thread.join(10)
