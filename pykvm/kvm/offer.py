@@ -30,6 +30,8 @@ _PV = uapi.KVM_CPUID_SIGNATURE
 _ADDRESS_SIZES = 0x8000_0008
 # Leaves of which an index selects the registers.
 _INDEXED = frozenset({4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1F, 0x8000_001D})
+# Rights that are not in an spte, which is all there is to walk in shadow mode (kvm_set_cpu_caps).
+_NEED_TDP = frozenset({"PKU"})
 _VENDORS = MappingProxyType({"intel": b"GenuineIntel", "amd": b"AuthenticAMD"})
 # Level types of the topology leaves.
 _THREAD, _CORE = 1, 2
@@ -57,10 +59,12 @@ class Offer:
 
 
 @cache
-def offer(kernel: Kernel, processor: Processor) -> Offer:
-    """Return what this kernel offers on this processor."""
+def offer(kernel: Kernel, processor: Processor, *, tdp: bool = True) -> Offer:
+    """Return what this kernel offers on this processor, with two-dimensional or with shadow paging."""
     words = _words(None if processor.as_built else processor.features)
     known = _virtualized(kernel, processor)
+    if not tdp:
+        known = MappingProxyType({word: bits & ~_mask(word, _NEED_TDP) for word, bits in known.items()})
     xcr0 = _xcr0(known)
     cr4 = cpuid.CR4_ALWAYS | sum(bit for bit, name in cpuid.CR4_FEATURES.items() if _has(known, name))
     efer = sum(bits for bits, name in cpuid.EFER_FEATURES.items() if _has(known, name))

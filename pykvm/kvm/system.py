@@ -46,7 +46,7 @@ class System:
         if unknown := self.extensions - EXTENSIONS:
             msg = f"no extension {', '.join(sorted(unknown))}; there are {', '.join(sorted(EXTENSIONS))}"
             raise ValueError(msg)
-        self.offer = offer(self.kernel, self.processor)
+        self.offer = offer(self.kernel, self.processor, tdp="no-tdp" not in self.extensions)
         self.absent_msrs = self.kernel.msrs.absent | self.processor.absent_msrs
 
     @property

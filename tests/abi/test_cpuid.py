@@ -11,6 +11,7 @@ import pytest
 
 from pykvm import uapi
 from pykvm.abi import ffi, lib, to_bytes
+from pykvm.kvm import cpuid, offer, profile
 from pykvm.kvm.cpuid import FEATURES, SUPPORTED_CPUID, WORDS
 from tests.machine import Machine, cpuid_list, emulated, errno_of
 
@@ -395,3 +396,14 @@ def test_names_of_the_brand() -> None:
     )
     assert brand.rstrip(b"\0") == b"pykvm virtual x86-64 processor"
     assert to_bytes(ffi.new("struct kvm_cpuid_entry2 *")) == bytes(40)
+
+
+@pytest.mark.parametrize("tdp", [True, False])
+def test_protection_keys_need_two_dimensional_paging(monkeypatch: pytest.MonkeyPatch, tdp: bool) -> None:
+    """Whatever processor this is: an spte has no key.  Source: cpuid.c kvm_set_cpu_caps."""
+    pku = cpuid.BY_NAME["PKU"]
+    words = {**cpuid.SUPPORTED, pku.word: cpuid.SUPPORTED[pku.word] | 1 << pku.bit}
+    monkeypatch.setattr(cpuid, "SUPPORTED", words)
+    kernel, processor = profile.kernel(profile.DEFAULT_KERNEL), profile.processor(profile.DEFAULT_PROCESSOR)
+    made = offer.offer.__wrapped__(kernel, processor, tdp=tdp)
+    assert made.has("PKU") == bool(made.cr4 & uapi.X86_CR4_PKE) == bool(made.xcr0 & 1 << 9) == tdp
