@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from run import BenchError, Device, Real, Results, or_why, per_second, shown, supported_cpuid
+from run import BenchError, Device, Real, Results, markdown, or_why, per_second, supported_cpuid
 
 import pykvm
 from pykvm import abi
@@ -368,27 +368,6 @@ TITLES: dict[str, tuple[str, Callable[[list[Device], bool], Results]]] = {
 RATIOS = (("pykvm tdp", "real"), ("pykvm shadow", "real"))
 
 
-def markdown(title: str, results: Results) -> str:
-    """Return a table with ratios to the real device."""
-    present = {column for row in results.values() for column in row}
-    columns = [c for c in ("pykvm tdp", "pykvm shadow", "real") if c in present]
-    pairs = [(a, b) for a, b in RATIOS if {a, b} <= present]
-    head = ["", *columns, *(f"{a} / {b}" for a, b in pairs)]
-    lines = [
-        f"### {title}",
-        "",
-        f"| {' | '.join(head)} |".replace("|  |", "| |", 1),
-        "|" + "---|" * len(head),
-    ]
-    for name, row in results.items():
-        cells = [shown(row.get(c)) for c in columns]
-        for a, b in pairs:
-            x, y = row.get(a), row.get(b)
-            cells.append(f"{x / y:.3g}" if isinstance(x, float) and isinstance(y, float) and y else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
 @click.command()
 @click.option("--quick", is_flag=True, help="Measure shorter and less exactly.")
 @click.option("--child", type=(str, int), hidden=True)
@@ -410,7 +389,7 @@ def main(sections: tuple[str, ...], *, quick: bool, child: tuple[str, int] | Non
     for section in sections or SECTIONS:
         title, measure = TITLES[section]
         results = measure(devices, quick)
-        console.print(markdown(title, results), markup=False)
+        console.print(f"### {title}\n\n{markdown(results, RATIOS)}", markup=False)
         for name, row in results.items():
             for column, value in row.items():
                 if isinstance(value, str):

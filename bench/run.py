@@ -578,27 +578,45 @@ def shown(value: float | str | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def show(console: Console, title: str, results: Results, ratios: tuple[tuple[str, str], ...]) -> None:
-    """Print one table: the rates, then the quotients of pairs of columns."""
+Ratios = tuple[tuple[str, str], ...]
+"""Pairs of columns of which a table shows the quotients."""
+COLUMNS = ("native", "qemu", "pykvm", "pykvm exec", "pykvm tdp", "pykvm shadow", "real", "real C")
+
+
+def cells(results: Results, ratios: Ratios) -> tuple[list[str], list[list[str]]]:
+    """Return the head of a table and its rows: the rates, then the quotients of pairs of columns."""
     present = {column for row in results.values() for column in row}
-    order = ("native", "qemu", "pykvm", "pykvm exec", "real", "real C")
-    columns = [column for column in order if column in present]
+    columns = [column for column in COLUMNS if column in present]
     pairs = [(a, b) for a, b in ratios if {a, b} <= present]
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for a, b in pairs:
-        table.add_column(f"{a} / {b}", justify="right")
+    rows = []
     for name, row in results.items():
         quotients = []
         for a, b in pairs:
             x, y = row.get(a), row.get(b)
             quotients.append(f"{x / y:.3g}" if isinstance(x, float) and isinstance(y, float) and y else "-")
-        table.add_row(name, *(shown(row.get(column)) for column in columns), *quotients)
+        rows.append([name, *(shown(row.get(column)) for column in columns), *quotients])
+    return ["", *columns, *(f"{a} / {b}" for a, b in pairs)], rows
+
+
+def markdown(results: Results, ratios: Ratios) -> str:
+    """Return a table as the documentation has it."""
+    head, rows = cells(results, ratios)
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:], ""])
+
+
+def show(console: Console, title: str, results: Results, ratios: Ratios) -> None:
+    """Print one table, and why there is no rate where there is none."""
+    head, rows = cells(results, ratios)
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in head[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    for name, row in results.items():
-        for column, value in row.items():
+    for name, values in results.items():
+        for column, value in values.items():
             if isinstance(value, str) and ":" in value:
                 console.print(f"{name}, {column} {value}", highlight=False)
 
@@ -617,8 +635,9 @@ TITLES = {
 @click.command()
 @click.option("--quick", is_flag=True, help="Measure shorter and less exactly.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables of docs/performance.md.")
 @click.argument("sections", nargs=-1, type=click.Choice(SECTIONS))
-def main(sections: tuple[str, ...], *, quick: bool, as_json: bool) -> None:
+def main(sections: tuple[str, ...], *, quick: bool, as_json: bool, as_markdown: bool) -> None:
     """Measure pykvm beside QEMU's TCG, native code and the kernel's KVM, as far as they are there."""
     wanted = sections or SECTIONS
     build()
@@ -640,7 +659,9 @@ def main(sections: tuple[str, ...], *, quick: bool, as_json: bool) -> None:
     report: dict[str, Results] = {}
     for section in wanted:
         report[section] = measure[section]()
-        if not as_json:
+        if as_markdown:
+            print(f"{section}\n\n{markdown(report[section], TITLES[section][1])}")
+        elif not as_json:
             show(console, TITLES[section][0], report[section], TITLES[section][1])
     if as_json:
         print(json.dumps({"missing": settings.missing, "results": report}, indent=1))
