@@ -401,11 +401,17 @@ def main() -> None:
     parser.add_argument("--device", help="/dev/kvm for the real one")
     parser.add_argument("--no-tdp", action="store_true", help="shadow paging")
     options = parser.parse_args()
-    initrd = options.initrd.read_bytes() if options.initrd else b""
+    try:
+        kernel = options.kernel.read_bytes()
+        initrd = options.initrd.read_bytes() if options.initrd else b""
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    if kernel[0x202:0x206] != b"HdrS":
+        parser.error(f"{options.kernel}: not a bzImage")
     command_line = f"{COMMAND_LINE} {options.append}"
     with Kvm(options.device, tdp=not options.no_tdp) as kvm, keys_as_typed():
         machine = Machine(kvm, options.memory)
-        load(machine, options.kernel.read_bytes(), initrd, command_line, options.protocol)
+        load(machine, kernel, initrd, command_line, options.protocol)
         with contextlib.suppress(KeyboardInterrupt):
             print(machine.run(), file=sys.stderr)
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from errno import EPIPE
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import pykvm
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pykvm.client import Vm
+    from pykvm.client import Kvm, Vm
     from pykvm.run import Result
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -70,7 +71,10 @@ def _seconds(_: click.Context, __: click.Parameter, text: str | None) -> tuple[f
 
 def mmu_page(command: Callable[..., None]) -> Callable[..., None]:
     """Add --mmu and --mmu-at to a verb."""
-    times = "when, in seconds from the first vCPU on; two moments show what changed between them"
+    times = (
+        "when, in seconds from the first vCPU on; two moments show what changed between them; a program that"
+        " ends before them leaves no page"
+    )
     command = click.option("--mmu-at", metavar="SECONDS[,SECONDS]", callback=_seconds, help=times)(command)
     text = "write the guest's and the MMU's page tables as an HTML page"
     return click.option("--mmu", "mmu_file", metavar="FILE", type=click.Path(dir_okay=False), help=text)(
@@ -116,23 +120,43 @@ def run(
 
     if device and mmu_file:
         raise click.UsageError("--mmu needs the fake device: the kernel does not show its tables")
+    _check_page(mmu_file, mmu_at)
 
     write = (lambda _: None) if as_json else _write_console
     try:
         loaded = machine.load_image(image, rom=rom) if image else machine.default_image()
-        with pykvm.Kvm(device, tdp=not no_tdp, kernel=kernel, cpu=cpu) as kvm:
+        with _opened(device, tdp=not no_tdp, kernel=kernel, cpu=cpu) as kvm:
             vm = machine.Machine(kvm, loaded, mib << 20, write)
             with _recorded(vm.vm, mmu_file, mmu_at, loaded.name):
                 result = vm.run(timeout)
     except machine.ImageError as error:
         raise click.ClickException(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(f"{device or 'pykvm'}: {error.strerror}") from None
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(result), "mips": result.mips}))
     else:
         _print_result(result)
     sys.exit(result.status)
+
+
+@contextlib.contextmanager
+def _opened(device: str | None, *, tdp: bool = True, kernel: str | None, cpu: str | None) -> Iterator[Kvm]:
+    """Open the device for a block; what the kernel or pykvm refuses in it is one line for the user."""
+    if device and (kernel or cpu or not tdp):
+        raise click.UsageError("--kernel, --cpu and --no-tdp need the fake device")
+    try:
+        with pykvm.Kvm(device, tdp=tdp, kernel=kernel, cpu=cpu) as kvm:
+            yield kvm
+    except OSError as error:
+        if error.errno == EPIPE:  # of `pykvm caps | head`: click ends quietly
+            raise
+        raise click.ClickException(f"{device or 'pykvm'}: {error.strerror}") from None
+
+
+def _check_page(mmu_file: str | None, mmu_at: tuple[float, ...]) -> None:
+    if mmu_file and not os.access(Path(mmu_file).absolute().parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"nothing can be written to {Path(mmu_file).parent}", param_hint="--mmu")
+    if mmu_at and not mmu_file:
+        raise click.UsageError("--mmu-at needs --mmu FILE: where to write the page")
 
 
 @contextlib.contextmanager
@@ -172,9 +196,7 @@ def _print_result(result: Result) -> None:
 # ---- exec, doctor --------------------------------------------------------------------------------------
 
 
-@main.command(
-    "exec", context_settings={**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False}
-)
+@main.command("exec", context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.option(
     "--extension", "extensions", multiple=True, help="offer an extension of pykvm's, such as x86-osi"
 )
@@ -201,6 +223,7 @@ def exec_(
     from pykvm.mmu import recorder
     from pykvm.preload import launcher
 
+    _check_page(mmu_file, mmu_at)
     if mmu_file:
         if not mmu_at:
             raise click.UsageError("--mmu needs --mmu-at: nobody knows when a program ends")
@@ -248,7 +271,7 @@ def caps(device: str | None, kernel: str | None, cpu: str | None) -> None:
     """List the capabilities that are there, with their values."""
     from pykvm.abi import capabilities
 
-    with pykvm.Kvm(device, kernel=kernel, cpu=cpu) as kvm:
+    with _opened(device, kernel=kernel, cpu=cpu) as kvm:
         for name, number in sorted(capabilities().items(), key=lambda item: item[1]):
             value = kvm.check_extension(number)
             if value:

@@ -23,7 +23,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from errno import E2BIG, EBADF, EINTR
+from errno import E2BIG, EBADF, EINTR, ENOENT
 from functools import reduce
 from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
@@ -242,12 +242,15 @@ class Kvm(_Fd):
         """Open the device.
 
         Errors:
-            ValueError  an extension, a kernel or a processor that pykvm does not have
+            ValueError  an extension, a kernel or a processor that pykvm does not have, or a real device
+                        together with any of them
         """
         if device is None:
             options = frozenset(extensions) | (frozenset() if tdp else {"no-tdp"})
             fd = fake.open(extensions=options, kernel=kernel, cpu=cpu)
             super().__init__(fd, _fake_ioctl)
+        elif extensions or kernel or cpu or not tdp:
+            raise ValueError(f"extensions, kernel, cpu and tdp are of the fake device, not of {device}")
         else:
             super().__init__(os.open(device, os.O_RDWR | os.O_CLOEXEC), _real_ioctl)
 
@@ -387,7 +390,13 @@ class Vm(_Fd):
         self._set(uapi.KVM_SET_USER_MEMORY_REGION, region)
 
     def dirty_log(self, slot: int) -> bytes:
-        """Return the slot's dirty bitmap, bit 0 first page, and start a new cycle."""
+        """Return the slot's dirty bitmap, bit 0 first page, and start a new cycle.
+
+        Errors:
+            ENOENT  no such slot, or it is not logged
+        """
+        if slot not in self.regions:
+            raise OSError(ENOENT, os.strerror(ENOENT))
         pages = len(self.regions[slot].memory) // PAGE_SIZE
         bitmap = bytearray((pages + 63) // 64 * 8)
         log = ffi.new("struct kvm_dirty_log *", {"slot": slot})
@@ -458,6 +467,14 @@ class State:
         struct = self._read()
         setattr(reduce(getattr, self._path, struct), name, value)
         self._write(struct)
+
+    def __str__(self) -> str:
+        """Return the numbers in hexadecimal, and the names of other members; repr() waits for no vCPU."""
+        struct = reduce(getattr, self._path, self._read())
+        kind = ffi.typeof(struct)
+        fields = (kind.item if kind.kind == "pointer" else kind).fields
+        values = ((name, getattr(struct, name)) for name, _ in fields or ())
+        return " ".join(f"{name}={value:#x}" if isinstance(value, int) else name for name, value in values)
 
     def __enter__(self) -> CData:
         struct = self._read()
@@ -532,7 +549,11 @@ class Vcpu(_Fd):
         return {int(msrs.entries[i].index): int(msrs.entries[i].data) for i in range(done)}
 
     def set_msrs(self, values: dict[int, int]) -> int:
-        """Write MSRs in order; return how many were written before the first that was refused."""
+        """Write MSRs in order; return how many were written before the first that was refused.
+
+        To restore all that Kvm.msr_index_list() names, skip what is refused and go on behind it: without a
+        local APIC in the kernel MSR_KVM_ASYNC_PF_INT takes no value, not even what it reads as.
+        """
         return self.ioctl(uapi.KVM_SET_MSRS, _msrs(list(values.items())))
 
     def interrupt(self, vector: int) -> None:

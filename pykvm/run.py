@@ -8,9 +8,12 @@ one memory-mapped register and a port that asks for an interrupt; see pykvm/gues
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import signal
 import struct
+import threading
 import time
 from collections import Counter
 from importlib import resources
@@ -32,7 +35,7 @@ from pykvm.client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from pykvm.abi import CData
@@ -186,16 +189,39 @@ class Machine:
         start = time.perf_counter()
         end = ""
         try:
-            while not end:
-                end = self._step()
-                if timeout is not None and time.perf_counter() - start > timeout:
-                    end, self._status = end or "timeout", 1
+            with self._alarm(timeout):
+                while not end:
+                    end = self._step()
+                    if timeout is not None and time.perf_counter() - start > timeout:
+                        end, self._status = end or "timeout", 1
         except KeyboardInterrupt:
             end, self._status = "interrupted", 130
         seconds = time.perf_counter() - start
         return Result(
             end, self._status, seconds, self.vcpu.instructions(), dict(self._exits), "".join(self._console)
         )
+
+    @contextlib.contextmanager
+    def _alarm(self, seconds: float | None) -> Iterator[None]:
+        """End KVM_RUN by a signal after so long: a guest without exits would not come back by itself.
+
+        Only the main thread can set handlers; in others a timeout waits for the next exit.
+        """
+        if seconds is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ring(*_: object) -> None:
+            # For a signal that comes between two KVM_RUNs.
+            self.vcpu.immediate_exit = True
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def _step(self) -> str:
         """Run to the next exit and serve it; return what ended the run, or ""."""

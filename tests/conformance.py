@@ -45,6 +45,8 @@ def compare(
 @click.option("--quiet", is_flag=True, help="the table only")
 def main(groups: tuple[str, ...], probe: Path, keep: Path | None, real: bool, quiet: bool) -> None:
     """Run the probe's cases of these groups (all by default) and compare."""
+    if not (probe / "abi_probe.c").is_file():
+        raise click.UsageError(f"no abi_probe.c in {probe}: say with --probe where it is")
     with tempfile.TemporaryDirectory() as scratch:
         binary = build(probe, Path(scratch))
         actual = keep or Path(scratch) / "actual.jsonl"

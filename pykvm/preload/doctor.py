@@ -128,7 +128,10 @@ def examine(program: str) -> Diagnosis:
     """Say whether the preload library works with a program, a name or a path."""
     path = find(program)
     if path is None:
-        reason = "it is not executable" if Path(program).is_file() else "there is no such program"
+        reason = "there is no such program"
+        if Path(program).is_file():
+            here = os.access(program, os.X_OK)
+            reason = f"it is not on PATH; say ./{program}" if here else "it is not executable"
         return Diagnosis(program, program, (reason,))
     target, problems = _follow_scripts(path)
     problems += _mode_problems(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from errno import EEXIST, EINVAL
+from errno import EEXIST, EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
 import pytest
@@ -236,3 +236,25 @@ def test_closing_twice_is_harmless(kvm: Kvm) -> None:
     vm.close()
     with pytest.raises(OSError):
         vm.ioctl(uapi.KVM_CREATE_VCPU, 0)
+
+
+def test_a_dirty_log_of_no_slot(vm: Vm) -> None:
+    with pytest.raises(OSError) as caught:
+        vm.dirty_log(7)
+    assert caught.value.errno == ENOENT
+
+
+@pytest.mark.parametrize(
+    "options", [{"cpu": "epyc"}, {"kernel": "5.10"}, {"extensions": ["x86-osi"]}, {"tdp": False}]
+)
+def test_a_real_device_takes_no_options(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="fake device"):
+        Kvm("/dev/null", **options)  # type: ignore[arg-type]
+
+
+def test_registers_print_as_what_they_are(vm: Vm) -> None:
+    with boot(vm, b"\xf4") as vcpu:
+        assert "rsp=0x8000" in str(vcpu.regs)
+        assert "rip=0x1000 rflags=0x2" in str(vcpu.regs)
+        assert "cr0=0x60000010" in str(vcpu.sregs)
+        assert str(vcpu.sregs.cs).startswith("base=0x0 limit=0xffff selector=0x0 type=0xb ")

@@ -7,6 +7,7 @@ Afterwards the guest is reset from outside and boots again.  Exit status: 0 good
 
 from __future__ import annotations
 
+import argparse
 import socket
 import sys
 import tempfile
@@ -114,6 +115,7 @@ def _goes_on(console: Console) -> bool:
 
 def main() -> int:
     """Return the exit status."""
+    argparse.ArgumentParser(prog="python -m tests.clients.linux_migrate", description=__doc__).parse_args()
     try:
         fetch()
         if not is_there():

@@ -91,9 +91,10 @@ def test_run_reports_a_guest_that_fails(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_run_stops_at_its_timeout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["e680 ebfc", "ebfe"], ids=["exits", "no exits"])
+def test_run_stops_at_its_timeout(tmp_path: Path, code: str) -> None:
     # 1: out 0x80, al; jmp 1b
-    done = pykvm("run", "--timeout", "0.2", boot_sector(tmp_path, "e680 ebfc"), timeout=30)
+    done = pykvm("run", "--timeout", "0.2", boot_sector(tmp_path, code), timeout=30)
     assert "timeout" in done.stdout
     assert done.returncode == 1
 
@@ -123,6 +124,35 @@ def test_a_device_that_is_not_there() -> None:
     assert "No such file" in done.stderr
 
 
+@pytest.mark.parametrize("verb", ["run", "caps"])
+def test_a_device_that_is_not_kvm(verb: str) -> None:
+    done = pykvm(verb, "--device", "/dev/null")
+    assert done.returncode == 1
+    assert done.stderr == "Error: /dev/null: Inappropriate ioctl for device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--device", "/dev/null", "--cpu", "epyc"), "need the fake device"),
+        (("run", "--device", "/dev/null", "--no-tdp"), "need the fake device"),
+        (("caps", "--device", "/dev/null", "--kernel", "5.10"), "need the fake device"),
+        (("run", "--mmu-at", "1"), "--mmu-at needs --mmu"),
+        (("run", "--mmu", "/nowhere/x.html"), "nothing can be written to /nowhere"),
+        (("exec", "--mmu-at", "1", "--", "true"), "--mmu-at needs --mmu"),
+        (("exec", "--bogus", "true"), "No such option"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: tuple[str, ...], message: str) -> None:
+    done = pykvm(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_options_behind_the_program_are_its_own() -> None:
+    assert pykvm("exec", "echo", "--no-tdp", "--help").stdout == "--no-tdp --help\n"
+
+
 def test_tables() -> None:
     assert "KVM_RUN " in pykvm("ioctls").stdout
     assert pykvm("ioctls", "--markdown").stdout.startswith("| ioctl |")
@@ -135,3 +165,11 @@ def test_doctor() -> None:
     missing = pykvm("doctor", "/nonexistent")
     assert missing.returncode == 1
     assert "/nonexistent" in missing.stdout
+
+
+def test_doctor_knows_a_program_beside_it_that_is_not_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vmm").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert pykvm("doctor", "vmm").stdout == "vmm: it is not on PATH; say ./vmm\n"
