@@ -244,8 +244,10 @@ bool block_store(struct cpu *cpu, uintptr_t hva, unsigned len)
         cpu->stop = STOP_STEP;
         return false;
     }
-    if (!page_kill(cpu, p, hva, len))
+    if (!page_kill(cpu, p, hva, len)) {
+        page_count_lines(p); /* those of blocks that have died otherwise may be free */
         return true;
+    }
     if (++p->stores % STORES_TO_FORGET == 0)
         page_kill(cpu, p, p->hva, PAGE_SIZE);
     page_count_lines(p);
@@ -264,7 +266,7 @@ struct builder {
     unsigned limit; /* bytes up to the limit of CS */
     unsigned len;   /* bytes decoded */
     unsigned count; /* instructions decoded */
-    bool cut;       /* made for this limit of CS, not to be kept */
+    bool cut;       /* ends in the #GP of this limit of CS, not to be kept */
     u8 bytes[BLOCK_MAX * INSN_BYTES + INSN_BYTES];
     struct insn insn[BLOCK_MAX + 1];
 };
@@ -390,7 +392,7 @@ static struct block *builder_finish(const struct builder *w)
 
     if (!b || !p || (w->hva2 && !p2))
         return NULL;
-    *b = (struct block){.epoch = w->cpu->epoch,
+    *b = (struct block){.epoch = w->cut ? 0 : w->cpu->epoch,
                         .hva = w->hva,
                         .hva2 = w->hva2,
                         .mode = (u16)w->mode,
@@ -417,10 +419,9 @@ static struct block *builder_finish(const struct builder *w)
     return b;
 }
 
-/* cut: there is a block already, too long for this limit of CS. */
-static struct block *block_build(struct cpu *cpu, u64 la, uintptr_t hva, u32 mode, bool cut)
+static struct block *block_build(struct cpu *cpu, u64 la, uintptr_t hva, u32 mode)
 {
-    struct builder w = {.cpu = cpu, .mode = mode, .la = la, .hva = hva, .cut = cut};
+    struct builder w = {.cpu = cpu, .mode = mode, .la = la, .hva = hva};
     struct block *b;
 
     if (!builder_run(&w, GUEST(cpu).rip))
@@ -481,27 +482,29 @@ struct block *block_find(struct cpu *cpu, bool step)
         if (b->hva == hva && b->mode == mode)
             break;
     if (!b)
-        return block_build(cpu, la, hva, mode, false);
+        return block_build(cpu, la, hva, mode);
     int same = b->hva2 ? second_page_same(cpu, b, la) : 1;
     if (same < 0)
         return NULL;
-    if (!same || !block_current(cpu, b)) {
+    bool fits = is_code64(cpu) || GUEST(cpu).rip + b->len - 1 <= SEG(cpu, CPU_SEG_CS).limit;
+    if (!same || !fits || !block_current(cpu, b)) {
         block_kill(cpu, b);
-        return block_build(cpu, la, hva, mode, false);
+        return block_build(cpu, la, hva, mode);
     }
-    if (!is_code64(cpu) && GUEST(cpu).rip + b->len - 1 > SEG(cpu, CPU_SEG_CS).limit)
-        return block_build(cpu, la, hva, mode, true);
     *at = b->next; /* to the front, where block_peek() looks */
     b->next = *head;
     *head = b;
     return b;
 }
 
-bool block_can_link(const struct block *from, const struct block *to)
+bool block_can_link(const struct cpu *cpu, const struct block *from, const struct block *to)
 {
     const struct insn *last = &from->insn[from->n - 1];
     bool code32 = (from->mode & MODE_CODE) == MODE_CODE32;
 
+    /* Another linear page is another translation, though it may lead to the same host page now. */
+    if ((GPR(cpu, GPR_RIP) ^ GUEST(cpu).rip) & PAGE_MASK)
+        return false;
     if ((from->hva ^ to->hva) & PAGE_MASK || from->hva2 || to->hva2 || from->mode != to->mode)
         return false;
     if ((from->mode & MODE_CODE) == MODE_CODE64)

@@ -60,10 +60,21 @@ static inline u64 block_end(const struct cpu *cpu)
     return (GPR(cpu, GPR_RIP) + cpu->block->len) & cpu->ip_mask;
 }
 
+/* Not every call of the next handler is a tail call, since not every handler lets the compiler make it
+ * one (a local variable whose address was given away is enough).  The stack of blocks that run each
+ * other ends here. */
+static inline bool block_has_stack(const struct cpu *cpu)
+{
+    uintptr_t sp;
+
+    __asm__("mov %%rsp, %[sp]" : [sp] "=r"(sp));
+    return sp > cpu->stack_limit;
+}
+
 /* May the loop be left out, because there is nothing to look at between this block and the next? */
 static inline bool block_may_chain(const struct cpu *cpu)
 {
-    return BLOCKS_CHAIN && likely(cpu->budget > cpu->block->n &&
+    return BLOCKS_CHAIN && likely(cpu->budget > cpu->block->n && block_has_stack(cpu) &&
                                   !atomic_load_explicit(&cpu->request, memory_order_relaxed));
 }
 
@@ -102,7 +113,8 @@ static inline int block_leave_to(struct cpu *cpu, u64 rip)
 /* fuse.c: if the handler of i and the branch behind it can be one, i gets that. */
 void fuse(struct insn *i);
 
-/* Whether `from` may go to `to` without a lookup: in the page, and never by a truncated IP. */
-bool block_can_link(const struct block *from, const struct block *to);
+/* Whether `from`, which has just been left for `to`, may go there without a lookup: in the page, and
+ * never by a truncated IP. */
+bool block_can_link(const struct cpu *cpu, const struct block *from, const struct block *to);
 
 #endif

@@ -114,17 +114,22 @@ static int not_taken(struct cpu *cpu, const struct insn *i)
     return LINK0;
 }
 
-/* The counter is rCX of the address size, and is left alone when the branch faults. */
+static bool can_branch(const struct cpu *cpu, const struct insn *i)
+{
+    const unsigned bits = 8 * i->opsize;
+    return target_valid(cpu, bits, relative_target(cpu, i, bits));
+}
+
+/* The counter is rCX of the address size, and is left alone when the branch faults.  That is asked
+ * beforehand: what a branch returns may be the status of blocks behind it. */
 static ALWAYS_INLINE int do_loop(struct cpu *cpu, const struct insn *i, bool condition)
 {
     const u64 rcx = GPR(cpu, RCX);
+    const bool last = reg_read(cpu, RCX * 8, i->asize) == 1;
+    if (condition && !last && unlikely(!can_branch(cpu, i)))
+        return branch_fault(cpu, i);
     reg_write(cpu, RCX * 8, i->asize, rcx - 1);
-    if (!condition || reg_read(cpu, RCX * 8, i->asize) == 0)
-        return not_taken(cpu, i);
-    int status = branch_relative(cpu, i);
-    if (unlikely(status == STOP))
-        GPR(cpu, RCX) = rcx;
-    return status;
+    return condition && !last ? branch_relative(cpu, i) : not_taken(cpu, i);
 }
 
 int x_loop(struct cpu *cpu, const struct insn *i) { return do_loop(cpu, i, true); }

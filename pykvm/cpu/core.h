@@ -334,8 +334,9 @@ struct cpu {
     s64 budget;          /* instructions until the loop looks around */
     _Atomic u32 request; /* CPU_REQ_* and R_* */
     _Atomic u32 in_guest;
-    struct block *block; /* being executed */
-    u64 epoch;           /* see struct block */
+    struct block *block;   /* being executed */
+    uintptr_t stack_limit; /* blocks are chained above it */
+    u64 epoch;             /* see struct block */
 
     /* why the last handler stopped */
     u32 stop;

@@ -14,6 +14,7 @@
 #define DEADLINE_TICKS 25000000  /* about 10 ms, when ctl.deadline is 0 */
 #define SIGNAL_TICKS 600000      /* about 250 us */
 #define COMPLETE_ITERATIONS 4096 /* of a REP instruction in cpu_complete() */
+#define CHAIN_STACK (32u << 10)  /* bytes of stack that chained blocks may have */
 
 #define SHADOWS (CPU_BLOCK_STI | CPU_BLOCK_MOVSS)
 #define ATTENTION_BREAKPOINTS 1 /* in cpu.attention, next to the bits of ctl.flags */
@@ -441,7 +442,7 @@ static __attribute__((noinline)) struct block *follow(struct cpu *cpu, struct bl
     u64 generation = cpu->bc->generation;
     struct block *next = find(cpu);
 
-    if (next && generation == cpu->bc->generation && block_can_link(b, next))
+    if (next && generation == cpu->bc->generation && block_can_link(cpu, b, next))
         b->link[way] = next;
     return next;
 }
@@ -605,6 +606,7 @@ static void begin(struct cpu *cpu)
     cpu->shadow = 0;
     cpu->rf = 0;
     cpu->mtf = cpu->mtf && CTL(cpu).flags & CPU_SINGLE_STEP;
+    cpu->stack_limit = (uintptr_t)__builtin_frame_address(0) - CHAIN_STACK;
     cpu->preempt_at = CTL(cpu).deadline ? CTL(cpu).deadline : now + DEADLINE_TICKS;
     /* check_at stays: a guest that does nothing but exit must notice signals, too */
     cpu->insn_end = CTL(cpu).insn_budget ? cpu->vmcs.stats.insns + CTL(cpu).insn_budget : ~0ull;

@@ -176,8 +176,8 @@ void fuse(struct insn *i)
     const struct insn *branch = i + 1;
     unsigned cc = branch->vvvv;
 
-    if (!(branch->flags & I_CODE64) || cc > 15 || branch->op->body != jcc[cc])
-        return;
+    if (!(branch->flags & I_CODE64) || cc > 15 || branch->op->body != jcc[cc] || branch->fn == x_ud)
+        return; /* x_ud: LOCK */
     for (unsigned k = 0; k < sizeof(fusions) / sizeof(*fusions); k++) {
         insn_fn fused =
             i->op->body == fusions[k].plain ? fused_handler(&fusions[k], i->fn, cc) : NULL;

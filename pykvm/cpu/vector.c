@@ -72,7 +72,8 @@ static u32 mxcsr_for_host(u32 guest)
 void mxcsr_enter(struct cpu *cpu)
 {
     cpu->host_mxcsr = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(mxcsr_for_host(GUEST(cpu).fpu.mxcsr & MXCSR_MASK));
+    GUEST(cpu).fpu.mxcsr &= MXCSR_MASK; /* the host would fault */
+    __builtin_ia32_ldmxcsr(mxcsr_for_host(GUEST(cpu).fpu.mxcsr));
 }
 
 void mxcsr_leave(struct cpu *cpu)

@@ -101,3 +101,15 @@ def test_taken(name: str) -> None:
         for segment in ("ds", "ss"):
             m.set_seg(segment, 0x1234, 0x100, 0xFFFFFFFF, 0x8093)
     m.run(lib.EXIT_HLT)
+
+
+@pytest.mark.spec("fpu.state_ioctl")
+@pytest.mark.tcg_differs("reserved bits of MXCSR are kept: SDM vol. 1 10.2.3")
+def test_reserved_bits_of_mxcsr_do_not_get_to_the_host() -> None:
+    m = Machine()
+    m.asm("addps xmm1, xmm2; stmxcsr [rbx]; hlt")
+    m.long64(CODE)
+    m.set(rbx=0x100000, cr4=m.reg("cr4") | lib.X86_CR4_OSXMMEXCPT)
+    m.guest.fpu.mxcsr = 0xABCD_1F00  # and #I unmasked: the exact way, which loads what is there
+    m.run(lib.EXIT_HLT)
+    assert m.read(0x100000, 4) == 0x1F00
