@@ -9,6 +9,7 @@ from one vCPU to another ("master clock").
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from dataclasses import dataclass
 from errno import EINVAL, ENXIO
@@ -32,6 +33,7 @@ _RATIO_BITS = 48
 # vmx.c: what the VMCS multiplier can scale to, as far as tsc_khz is an int.
 MAX_GUEST_TSC_KHZ = 0x7FFF_FFFF
 _CALIBRATION_NS = 20_000_000
+_PAGE_SIZE = 4096
 _PVCLOCK = struct.Struct("<IIQQIbB2x")
 _CLOCK_FLAGS = uapi.KVM_CLOCK_TSC_STABLE | uapi.KVM_CLOCK_REALTIME | uapi.KVM_CLOCK_HOST_TSC
 
@@ -99,6 +101,8 @@ class VmClock:
     def __init__(self) -> None:
         """Start kvmclock at 0."""
         self.default_tsc_khz = host_tsc_khz()
+        # vCPUs restored by several threads at once; a client's signal handler may come in between.
+        self.tsc_write_lock = threading.RLock()
         self.last_tsc_ns = 0
         self.last_tsc_write = 0
         self.last_tsc_khz = 0
@@ -115,7 +119,7 @@ class VmClock:
     def kvmclock_at(self, host_tsc: int) -> int:
         """Return kvmclock at a moment of the host's TSC."""
         tsc, ns = self.master
-        return ns + cycles_to_ns(host_tsc - tsc, host_tsc_khz())
+        return (ns + cycles_to_ns(host_tsc - tsc, host_tsc_khz())) & _MASK64
 
 
 def is_master_clock(vm: Vm) -> bool:
@@ -164,7 +168,7 @@ def set_clock(vm: Vm, data: CData) -> int:
     clock = data.clock
     if data.flags & uapi.KVM_CLOCK_REALTIME:
         clock += max(time.time_ns() - data.realtime, 0)
-    vm.clock.master = (lib.host_tsc(), clock)
+    vm.clock.master = (lib.host_tsc(), clock & _MASK64)
     request_global_update(vm)
     return 0
 
@@ -185,6 +189,12 @@ class VcpuClock:
     system_time: int = 0
     update_requested: bool = False
     guest_stopped: bool = False
+
+    @property
+    def has_page(self) -> bool:
+        """Say if kvmclock is on; where its structure would cross pages it is not (kvm_gpc_activate)."""
+        gpa = self.system_time & ~1
+        return bool(self.system_time & 1) and gpa % _PAGE_SIZE <= _PAGE_SIZE - _PVCLOCK.size
 
 
 def scale_tsc(vcpu: Vcpu, host_tsc: int) -> int:
@@ -217,19 +227,20 @@ def synchronize_tsc(vcpu: Vcpu, value: int | None) -> None:
     if not clock.virtual_tsc_khz:
         set_tsc_khz_of(vcpu, vm_clock.default_tsc_khz)
     khz, data = clock.virtual_tsc_khz, value or 0
-    tsc, ns = _now()
-    offset = (data - scale_tsc(vcpu, tsc)) & _MASK64
-    synchronizing = data == 0
-    if data and vm_clock.user_set_tsc:
-        expected = vm_clock.last_tsc_write + ns_to_cycles(ns - vm_clock.last_tsc_ns, khz)
-        synchronizing = abs(data - expected) < khz * 1000
-    if value is not None:
-        vm_clock.user_set_tsc = True
-    if synchronizing and khz == vm_clock.last_tsc_khz:
-        offset = vm_clock.cur_tsc_offset
-    vm_clock.last_tsc_ns, vm_clock.last_tsc_write, vm_clock.last_tsc_khz = ns, data, khz
-    vm_clock.cur_tsc_offset = offset
-    vcpu.cpu.ctl.tsc_offset = offset
+    with vm_clock.tsc_write_lock:
+        tsc, ns = _now()
+        offset = (data - scale_tsc(vcpu, tsc)) & _MASK64
+        synchronizing = data == 0
+        if data and vm_clock.user_set_tsc:
+            expected = vm_clock.last_tsc_write + ns_to_cycles(ns - vm_clock.last_tsc_ns, khz)
+            synchronizing = abs(data - expected) < khz * 1000
+        if value is not None:
+            vm_clock.user_set_tsc = True
+        if synchronizing and khz == vm_clock.last_tsc_khz:
+            offset = vm_clock.cur_tsc_offset
+        vm_clock.last_tsc_ns, vm_clock.last_tsc_write, vm_clock.last_tsc_khz = ns, data, khz
+        vm_clock.cur_tsc_offset = offset
+        vcpu.cpu.ctl.tsc_offset = offset
     clock.update_requested = vcpu.events.requested = True
 
 
@@ -259,7 +270,7 @@ def update_guest_time(vcpu: Vcpu) -> None:
     """
     clock, vm = vcpu.clock, vcpu.vm
     clock.update_requested = False
-    if not clock.system_time & 1:
+    if not clock.has_page:
         return
     gpa = clock.system_time & ~1
     page = vm.read_guest(gpa, _PVCLOCK.size, vcpu.as_id)
@@ -308,7 +319,7 @@ def kvmclock_ctrl(vcpu: Vcpu) -> int:
         EINVAL  the guest has not turned kvmclock on
     Source: api.rst 4.72; x86.c kvm_set_guest_paused
     """
-    if not vcpu.clock.system_time & 1:
+    if not vcpu.clock.has_page:
         raise KvmError(EINVAL, "the guest has no kvmclock")
     vcpu.clock.guest_stopped = True
     vcpu.clock.update_requested = vcpu.events.requested = True
@@ -416,10 +427,12 @@ def set_device_attr(vcpu: Vcpu, attr: CData, user: UserMemory) -> int:
     _check_attr(attr)
     offset = int.from_bytes(user.read(attr.addr, 8), "little")
     vm_clock, clock = vcpu.vm.clock, vcpu.clock
-    tsc, ns = _now()
-    vm_clock.last_tsc_ns, vm_clock.last_tsc_khz = ns, clock.virtual_tsc_khz
-    vm_clock.last_tsc_write = (scale_tsc(vcpu, tsc) + offset) & _MASK64
-    vm_clock.cur_tsc_offset = offset
-    vcpu.cpu.ctl.tsc_offset = offset
+    with vm_clock.tsc_write_lock:
+        tsc, ns = _now()
+        vm_clock.user_set_tsc = True
+        vm_clock.last_tsc_ns, vm_clock.last_tsc_khz = ns, clock.virtual_tsc_khz
+        vm_clock.last_tsc_write = (scale_tsc(vcpu, tsc) + offset) & _MASK64
+        vm_clock.cur_tsc_offset = offset
+        vcpu.cpu.ctl.tsc_offset = offset
     clock.update_requested = vcpu.events.requested = True
     return 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KVM_MAX_CPUID_ENTRIES = 256
 # Where the maximal leaf is not known yet: x86.c cpuid_query_maxphyaddr.
 DEFAULT_MAXPHYADDR = 36
+_MAX_PHYS_BITS = 52
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _SIGNIFICANT = uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
@@ -496,7 +497,8 @@ def after_set_cpuid(vcpu: Vcpu) -> None:
         if word.ctl is not None:
             masked = _GATED[name] & ~cpuid.word(name) if given else 0
             ctl.cpuid[word.ctl] = offer.words[name] & ~masked
-    ctl.maxphyaddr = cpuid.maxphyaddr
+    # Table entries have no more bits, whatever a table says.
+    ctl.maxphyaddr = min(cpuid.maxphyaddr, _MAX_PHYS_BITS)
     ctl.cr0_valid = _CR0_VALID
     ctl.cr4_valid = offer.cr4
     ctl.efer_valid = offer.efer

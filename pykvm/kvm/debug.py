@@ -49,6 +49,13 @@ class GuestDebug:
     guest_db: list[int] | None = None
     guest_dr7: int = 0
 
+    def end_general_detect(self, guest: CData) -> None:
+        """Clear GD in the guest's DR7, and not in the debugger's, as the delivery of #DB does."""
+        if self.guest_db is not None:
+            self.guest_dr7 &= ~uapi.DR7_GD
+        else:
+            guest.dr7 &= ~uapi.DR7_GD
+
 
 # ---- the guest's registers -----------------------------------------------------------------------
 

@@ -207,15 +207,13 @@ class Events:
             guest.rflags |= uapi.X86_EFLAGS_RF
         self.deliver_payload(vcpu)
         if self.vector == uapi.DB_VECTOR:
-            guest.dr7 &= ~uapi.DR7_GD
+            vcpu.debug.end_general_detect(guest)
         self.exception_pending = False
         self.exception_injected = True
         self._enter_with_exception(vcpu)
 
     def inject_nmi(self, vcpu: Vcpu, *, can_inject: bool) -> None:
         """Give the processor a pending NMI, or ask for the moment that it can take one."""
-        if vcpu.debug.control & uapi.KVM_GUESTDBG_BLOCKIRQ:
-            return
         if can_inject and self.nmi_allowed(vcpu):
             self.nmi_pending -= 1
             self.nmi_injected = True

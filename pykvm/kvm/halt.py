@@ -7,7 +7,7 @@ local APIC in the kernel that event comes between two KVM_RUNs, which only a sig
 from __future__ import annotations
 
 import time
-from errno import EINVAL
+from errno import EINVAL, EIO
 from typing import TYPE_CHECKING
 
 from pykvm.abi import lib, uapi
@@ -58,8 +58,11 @@ def wait(vcpu: Vcpu) -> None:
 
     Errors:
         EINTR  a signal is pending; the processor stays halted
+        EIO    the VM died
     """
     while not _is_woken(vcpu):
+        if vcpu.is_dead:
+            raise KvmError(EIO, "the VM is dead: it could not go on")
         vcpu.check_signal()
         time.sleep(_POLL_SECONDS)
     vcpu.halted_in_guest = False

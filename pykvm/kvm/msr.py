@@ -196,7 +196,7 @@ def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> None:
         raise unsupported()
     if row.write is None:
         raise invalid()
-    if row.immutable and vcpu.has_run and host:
+    if row.immutable and vcpu.has_run and host and vcpu.vm.kernel.msrs.immutable:
         if data != get_msr(vcpu, index, host=True):
             raise invalid()
         return
@@ -242,8 +242,12 @@ def get_msrs(vcpu: Vcpu, a: ArrayArg) -> int:
         E2BIG  256 or more
     Source: api.rst 4.18; x86.c msr_io, do_get_msr
     """
+    clears = vcpu.vm.kernel.msrs.clears_unreadable
 
     def read(entry: CData) -> None:
+        # kvm_do_msr_access: of one that cannot be read, too, the client's number is gone.
+        if clears:
+            entry.data = 0
         entry.data = get_msr(vcpu, entry.index, host=True)
 
     done = _each(a.entries, a.n, read)
@@ -275,6 +279,8 @@ def get_feature_msrs(system: System, a: ArrayArg) -> int:
 
     def read(entry: CData) -> None:
         index = entry.index
+        if system.kernel.msrs.clears_unreadable:
+            entry.data = 0
         if index not in tell and index not in known:
             raise unsupported()
         entry.data = tell.get(index, 0)

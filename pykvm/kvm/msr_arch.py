@@ -428,7 +428,7 @@ def _write_misc_enable(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
 RESET_VALUES[uapi.MSR_IA32_MISC_ENABLE] = _MISC_ENABLE_READ_ONLY
 
 
-@msr(uapi.MSR_PLATFORM_INFO, save=True)
+@msr(uapi.MSR_PLATFORM_INFO, save=True, feature=_PLATFORM_INFO_CPUID_FAULT, immutable=True)
 def platform_info(vcpu: Vcpu, index: int, host: bool) -> int:
     """That CPUID can be made to fault."""
     if not host and not vcpu.vm.guest_can_read_platform_info:
@@ -441,9 +441,6 @@ def _write_platform_info(vcpu: Vcpu, index: int, data: int, host: bool) -> None:
     if not host or (not data & _PLATFORM_INFO_CPUID_FAULT and vcpu.msrs.cpuid_faulting):
         raise invalid()
     vcpu.msrs.values[index] = data
-
-
-RESET_VALUES[uapi.MSR_PLATFORM_INFO] = _PLATFORM_INFO_CPUID_FAULT
 
 
 @vm_cap("KVM_CAP_MSR_PLATFORM_INFO")

@@ -31,6 +31,11 @@ class Range:
     nmsrs: int
     bitmap: bytes
 
+    @property
+    def end(self) -> int:
+        """Number behind the range, of 32 bits: one that wraps around matches nothing (kvm_msr_allowed)."""
+        return self.base + self.nmsrs & 0xFFFF_FFFF
+
     def allows(self, index: int) -> bool:
         """Say what the bitmap says of a register in the range."""
         offset = index - self.base
@@ -47,7 +52,7 @@ class MsrFilter:
     def is_allowed(self, index: int, access: int) -> bool:
         """Say if the guest may do KVM_MSR_FILTER_READ or _WRITE to a register."""
         for each in self.ranges:
-            if each.base <= index < each.base + each.nmsrs and each.flags & access:
+            if each.base <= index < each.end and each.flags & access:
                 return each.allows(index)
         return self.default_allow
 

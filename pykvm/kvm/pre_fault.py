@@ -52,6 +52,17 @@ def pre_fault_memory(vcpu: Vcpu, wanted: CData) -> int:
     mmu = vcpu.vm.mmu
     if not isinstance(mmu, TdpMmu):
         raise KvmError(EOPNOTSUPP, "shadow paging has no second-level tables")
+    # Handlers run afterwards, as the kernel would have it; which signals count says the thread's own mask.
+    blocked = lib.signals_block()
+    vcpu.signal_mask = blocked
+    try:
+        return _map_range(vcpu, mmu, wanted)
+    finally:
+        lib.signals_restore(blocked)
+
+
+def _map_range(vcpu: Vcpu, mmu: TdpMmu, wanted: CData) -> int:
+    size = wanted.size
     mmu.load(vcpu)
     while wanted.size:
         try:

@@ -87,13 +87,17 @@ class KernelMsrs:
 
     `save`: those of KVM_GET_MSR_INDEX_LIST in its order, None: all that are to be saved.
     `absent`: those it does not know at all.  `feature`: those that tell features, None: all.
-    `others_on_system`: /dev/kvm reads registers that tell no feature, as 0.
+    `others_on_system`: /dev/kvm reads registers that tell no feature, as 0.  `immutable`: those that tell
+    features stay what they are once the vCPU has run.  `clears_unreadable`: the entry of one that cannot be
+    read is set to 0.
     """
 
     save: tuple[int, ...] | None = None
     absent: frozenset[int] = frozenset()
     feature: frozenset[int] | None = None
     others_on_system: bool = True
+    immutable: bool = True
+    clears_unreadable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

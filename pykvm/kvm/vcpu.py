@@ -274,7 +274,10 @@ def _run(vcpu: Vcpu, kvm_run: CData, immediate_exit: int) -> int:
         vcpu.complete_userspace_io = None
         if vcpu.loaded_memslots is not vcpu.vm.memslots:
             _load_mmu(vcpu)
-        if complete(vcpu) is USERSPACE:
+        outcome = complete(vcpu)
+        # Where no completion asks, as after a part of a write, it must not be taken for the next one's.
+        vcpu.pending_linear_rip = None
+        if outcome is USERSPACE:
             return 0
     if immediate_exit:
         raise KvmError(EINTR, "immediate_exit is set")
@@ -287,19 +290,23 @@ def vcpu_run(vcpu: Vcpu) -> int:
     enter = cpu.enter
     if vm.kernel.behaviour.memory_fault_exit:
         kvm_run.exit_reason = _KVM_EXIT_UNKNOWN
-    vcpu.has_run = True
     if vcpu.steal_time.gpa is not None:
         steal_time.record(vcpu)
     if vcpu.halted_in_guest:
         halt.wait(vcpu)
     entries = 0
+    is_entered = False
     while True:
         if vcpu.loaded_memslots is not vm.memslots:
             _load_mmu(vcpu)
         if events.requested and not _prepare_events(vcpu):
             return 0
         if kvm_run.request_interrupt_window and not _open_window(vcpu):
+            vcpu.has_run = True
             return 0
+        if not is_entered:
+            is_entered = True
+            _begin(vcpu)
         if trace.kvm_entry.enabled:
             trace.kvm_entry(vcpu=vcpu.id, rip=cpu.guest.rip)
         reason = enter()
@@ -315,6 +322,21 @@ def vcpu_run(vcpu: Vcpu) -> int:
             for stats_file in vm.stats_files:
                 stats_file.refresh()
             vcpu.check_signal()
+
+
+def _begin(vcpu: Vcpu) -> None:
+    """Execute nothing if a signal waited before KVM_RUN: clients complete an exit so (api.rst 5).
+
+    Without KVM_SET_SIGNAL_MASK none can have waited, its handler would have run.
+
+    Errors:
+        EINTR  one did; an event that was to be delivered is injected the next time
+    """
+    if vcpu.sigset is not None and signal_pending(vcpu):
+        if vcpu.events.in_flight:
+            vcpu.events.after_entry(vcpu)
+        vcpu.check_signal()
+    vcpu.has_run = True
 
 
 def _load_mmu(vcpu: Vcpu) -> None:
@@ -345,6 +367,8 @@ def _prepare_events(vcpu: Vcpu) -> bool:
     msr_filter.update_intercept(vcpu)
     quirks.update_mwait(vcpu)
     can_inject = events.inject_exception(vcpu)
+    if vcpu.debug.control & uapi.KVM_GUESTDBG_BLOCKIRQ:
+        return True
     if events.smi_pending:
         can_inject = smm.inject_smi(vcpu, can_inject=can_inject)
         if vcpu.loaded_memslots is None:

@@ -54,7 +54,8 @@ NOT_OURS = -100000  # EMBED_NOT_OURS of embed.h
 # A busy Python thread holds the interpreter for this long, in seconds; a vCPU that exits waits so long.
 SWITCH_INTERVAL = 5e-4
 
-_KVM_RUN = uapi.KVM_RUN
+# Those that a signal ends.
+_INTERRUPTIBLE = frozenset({uapi.KVM_RUN, uapi.KVM_PRE_FAULT_MEMORY & 0xFFFF_FFFF})
 _ioctl = dispatch.ioctl
 _signals_held = lib.signals_held
 
@@ -125,7 +126,7 @@ class _Shim:
     def ioctl(self, fd: int, request: int, arg: int, mask: int) -> int:
         """Do an ioctl; its result or a negated errno."""
         try:
-            if request != _KVM_RUN:
+            if request not in _INTERRUPTIBLE:
                 result = _ioctl(fd, request, arg)
                 if request in self._slot_requests:
                     self._refresh()

@@ -13,6 +13,7 @@ from pykvm import uapi
 from pykvm.abi import ffi, lib, to_bytes
 from pykvm.kvm import cpuid, offer, profile
 from pykvm.kvm.cpuid import FEATURES, SUPPORTED_CPUID, WORDS
+from tests.abi.test_run import long_mode
 from tests.machine import Machine, cpuid_list, emulated, errno_of
 
 if TYPE_CHECKING:
@@ -407,3 +408,18 @@ def test_protection_keys_need_two_dimensional_paging(monkeypatch: pytest.MonkeyP
     kernel, processor = profile.kernel(profile.DEFAULT_KERNEL), profile.processor(profile.DEFAULT_PROCESSOR)
     made = offer.offer.__wrapped__(kernel, processor, tdp=tdp)
     assert made.has("PKU") == bool(made.cr4 & uapi.X86_CR4_PKE) == bool(made.xcr0 & 1 << 9) == tdp
+
+
+@pytest.mark.spec("cpuid.8", "cpuid.governs")
+@pytest.mark.parametrize("bits", [52, 63, 64, 72, 255])
+def test_a_table_may_promise_more_physical_address_bits_than_there_can_be(
+    machine: Machine, bits: int
+) -> None:
+    table = cpuid_list(2)
+    table.entries[0].function, table.entries[0].eax = 0x8000_0000, 0x8000_0008
+    table.entries[1].function, table.entries[1].eax = 0x8000_0008, bits | 48 << 8
+    machine.do(uapi.KVM_SET_CPUID2, table)
+    # mov cr3, rax; mov ebx, [0x1000]
+    long_mode(machine, b"\x0f\x22\xd8\x8b\x1c\x25\x00\x10\x00\x00" + HLT, rax=0x9000)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert machine.regs.rbx == int.from_bytes(machine.ram[0x1000:0x1004], "little")

@@ -129,3 +129,37 @@ def test_nmis_wait_while_they_are_blocked(machine: Machine) -> None:
     assert machine.go() == uapi.KVM_EXIT_HLT
     assert machine.regs.rip == 0x3001
     assert struct.unpack_from("<H", machine.ram, 0x8000 - 6)[0] == CODE + 1
+
+
+@pytest.mark.spec("vcpu.SET_GUEST_DEBUG", "smm.entry")
+def test_smis_wait_while_they_are_blocked(machine: Machine) -> None:
+    if not machine.cap(uapi.KVM_CAP_X86_SMM):
+        pytest.skip("a kernel without CONFIG_KVM_SMM")
+    machine.start(NOP * 2 + HLT)
+    assert debug(machine, ENABLE | STEP | uapi.KVM_GUESTDBG_BLOCKIRQ) == 0
+    machine.do(uapi.KVM_SMI)
+    assert go_debug(machine)[1] == CODE + 1
+    assert (machine.events.smi.smm, machine.events.smi.pending) == (0, 1)
+    machine.add_slot(1 << 16, 0x30000, 0x10000)[0x8000:0x8003] = b"\xe6\x99\xf4"
+    assert debug(machine, 0) == 0
+    assert machine.go() == uapi.KVM_EXIT_IO
+    assert machine.run.flags & uapi.KVM_RUN_X86_SMM
+
+
+@pytest.mark.spec("vcpu.SET_GUEST_DEBUG", "vcpu.SET_DEBUGREGS", "cpu.guest_vs_host_debug")
+def test_delivery_of_db_ends_the_guests_general_detect(machine: Machine) -> None:
+    emulated(machine, "has no breakpoints")
+    machine.enable(machine.vm, uapi.KVM_CAP_EXCEPTION_PAYLOAD, 1)
+    machine.start(NOP + HLT)
+    machine.load(struct.pack("<HH", 0x3000, 0), uapi.DB_VECTOR * 4)
+    machine.load(HLT, 0x3000)
+    debugregs = machine.get(uapi.KVM_GET_DEBUGREGS, "kvm_debugregs")
+    debugregs.dr7 = DR7_FIXED | uapi.DR7_GD
+    machine.do(uapi.KVM_SET_DEBUGREGS, debugregs)
+    assert debug(machine, ENABLE | HW_BP, dr7=DR7_FIXED) == 0
+    events = machine.events
+    events.flags, events.exception.pending = uapi.KVM_VCPUEVENT_VALID_PAYLOAD, 1
+    events.exception.nr = uapi.DB_VECTOR
+    machine.set_events(events)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert machine.get(uapi.KVM_GET_DEBUGREGS, "kvm_debugregs").dr7 == DR7_FIXED

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from errno import EINTR, EINVAL
+import threading
+from errno import EINTR, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 import pytest
@@ -73,6 +74,29 @@ def test_an_interrupt_ends_it(quiet: Machine) -> None:
     quiet.do(uapi.KVM_INTERRUPT, request)
     assert (quiet.go(), quiet.run.io.port) == (uapi.KVM_EXIT_IO, 0x40)
     assert (quiet.go(), quiet.run.io.port) == (uapi.KVM_EXIT_IO, 0x99)
+
+
+@pytest.mark.spec("cap.X86_DISABLE_EXITS", "smm.entry")
+def test_the_death_of_the_vm_ends_it(quiet: Machine) -> None:
+    if not quiet.cap(uapi.KVM_CAP_X86_SMM):
+        pytest.skip("a kernel without CONFIG_KVM_SMM")
+    other = quiet.ioctl(quiet.vm, uapi.KVM_CREATE_VCPU, 1)
+    quiet.start(HLT)
+    quiet.ioctl(other, uapi.KVM_SET_SREGS, quiet.sregs)
+    quiet.ioctl(other, uapi.KVM_SET_REGS, quiet.regs)
+    ended: list[int] = []
+    thread = threading.Thread(
+        target=lambda: ended.append(errno_of(lambda: quiet.ioctl(other, uapi.KVM_RUN))), daemon=True
+    )
+    thread.start()
+    thread.join(0.05)
+    assert not ended
+    # No memory to save the state in.
+    quiet.do(uapi.KVM_SMI)
+    assert quiet.go_errno() == EIO
+    thread.join(5)
+    assert ended == [EIO]
+    os.close(other)
 
 
 @pytest.mark.spec("cpuid.f7")

@@ -131,6 +131,14 @@ def test_the_first_bad_one_ends_the_call(machine: Machine) -> None:
     assert machine.do(uapi.KVM_GET_MSRS, msr_list((UNKNOWN, 0), (0x174, 0))) == 0
 
 
+@pytest.mark.spec("vcpu.GET_MSRS", "sys.GET_MSRS", "msr.unknown")
+def test_the_first_bad_one_reads_as_0(machine: Machine) -> None:
+    for fd in (machine.vcpu, machine.kvm):
+        msrs = msr_list((UNKNOWN, 5), (0x174, 7))
+        assert machine.ioctl(fd, uapi.KVM_GET_MSRS, msrs) == 0
+        assert (msrs.entries[0].data, msrs.entries[1].data) == (0, 7)
+
+
 @pytest.mark.spec("vcpu.GET_MSRS", "vcpu.SET_MSRS")
 def test_256_are_too_many(machine: Machine) -> None:
     many = [(0x174, 0)] * 256
@@ -240,6 +248,18 @@ def test_feature_msrs_are_fixed_by_the_first_run(machine: Machine) -> None:
     # The microcode's revision may change at any time.
     assert machine.set_msr(uapi.MSR_IA32_UCODE_REV, 0x42 << 32)
     assert machine.get_msr(uapi.MSR_IA32_UCODE_REV) == 0x42 << 32
+
+
+@pytest.mark.spec("msr.feature", "sys.GET_MSRS", "sys.GET_MSR_FEATURE_INDEX_LIST")
+def test_cpuid_faulting_is_a_feature(machine: Machine) -> None:
+    assert uapi.MSR_PLATFORM_INFO in listed(machine, uapi.KVM_GET_MSR_FEATURE_INDEX_LIST)
+    msrs = msr_list((uapi.MSR_PLATFORM_INFO, 0))
+    assert machine.ioctl(machine.kvm, uapi.KVM_GET_MSRS, msrs) == 1
+    assert msrs.entries[0].data == 1 << 31
+    machine.start(HLT)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert not machine.set_msr(uapi.MSR_PLATFORM_INFO, 0)
+    assert machine.set_msr(uapi.MSR_PLATFORM_INFO, 1 << 31)
 
 
 @pytest.mark.spec("msr.mce", "cap.MCE", "sys.X86_GET_MCE_CAP_SUPPORTED", "vcpu.X86_SETUP_MCE")
@@ -537,6 +557,31 @@ def test_tsc_attributes(new_machine: NewMachine) -> None:
     assert errno_of(lambda: machine.ioctl(machine.vm, uapi.KVM_SET_TSC_KHZ, khz)) == EINVAL
 
 
+@pytest.mark.spec("vcpu.TSC_OFFSET", "msr.tsc")
+def test_a_tsc_written_after_an_offset_was_is_taken_for_the_same(machine: Machine) -> None:
+    emulated(machine, "does not offset the TSC")
+    value, attr = ffi.new("uint64_t *"), new("kvm_device_attr")
+    attr.group, attr.attr, attr.addr = uapi.KVM_VCPU_TSC_CTRL, uapi.KVM_VCPU_TSC_OFFSET, address(value)
+    value[0] = 1 << 40
+    machine.do(uapi.KVM_SET_DEVICE_ATTR, attr)
+    tsc = machine.get_msr(uapi.MSR_IA32_TSC)
+    assert tsc is not None
+    assert machine.set_msr(uapi.MSR_IA32_TSC, tsc + 1000)
+    machine.do(uapi.KVM_GET_DEVICE_ATTR, attr)
+    assert value[0] == 1 << 40
+
+
+@pytest.mark.spec("msr.system_time", "vcpu.KVMCLOCK_CTRL")
+@pytest.mark.parametrize(("gpa", "there"), [(0x2FE0, True), (0x2FE4, False)])
+def test_kvmclock_does_not_cross_pages(machine: Machine, gpa: int, there: bool) -> None:
+    with_supported_cpuid(machine)
+    assert machine.set_msr(uapi.MSR_KVM_SYSTEM_TIME_NEW, gpa | 1)
+    assert machine.errno(uapi.KVM_KVMCLOCK_CTRL) == (0 if there else EINVAL)
+    machine.start(HLT)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert any(machine.ram[gpa : gpa + 32]) is there
+
+
 PVCLOCK = struct.Struct("<IIQQIbB2x")
 
 
@@ -588,6 +633,18 @@ def test_the_wall_clock(machine: Machine, index: int) -> None:
     assert machine.get_msr(index) == 0x2000
 
 
+@pytest.mark.spec("vm.GET_CLOCK", "vm.SET_CLOCK")
+@pytest.mark.parametrize("flags", [0, uapi.KVM_CLOCK_REALTIME])
+def test_kvmclock_wraps_around(machine: Machine, flags: int) -> None:
+    clock = new("kvm_clock_data")
+    clock.flags, clock.clock = flags, _ALL
+    clock.realtime = time.time_ns() - 10**6
+    machine.ioctl(machine.vm, uapi.KVM_SET_CLOCK, clock)
+    guest_wrmsr(machine, uapi.MSR_KVM_SYSTEM_TIME_NEW, 0x2001)
+    machine.ioctl(machine.vm, uapi.KVM_GET_CLOCK, clock)
+    assert clock.clock < 10**11
+
+
 @pytest.mark.spec("vm.GET_CLOCK", "vm.SET_CLOCK", "cap.ADJUST_CLOCK")
 def test_kvmclock_of_the_vm(machine: Machine) -> None:
     clock = new("kvm_clock_data")
@@ -609,3 +666,12 @@ def test_kvmclock_of_the_vm(machine: Machine) -> None:
     assert set_errno() == 0
     machine.ioctl(machine.vm, uapi.KVM_GET_CLOCK, clock)
     assert clock.clock >= 10**12 + 10**11
+
+
+@pytest.mark.spec("vm.X86_SET_MSR_FILTER")
+def test_a_range_that_wraps_around_matches_nothing(machine: Machine) -> None:
+    emulated(machine, "has no such register")
+    machine.enable(machine.vm, uapi.KVM_CAP_X86_USER_SPACE_MSR, uapi.KVM_MSR_EXIT_REASON_FILTER)
+    given, _keep = filter_of(0, (uapi.KVM_MSR_FILTER_READ, 0xFFFF_FFFF, 8, b"\0"))
+    machine.ioctl(machine.vm, uapi.KVM_X86_SET_MSR_FILTER, given)
+    assert guest_rdmsr(machine, 0xFFFF_FFFF) is None

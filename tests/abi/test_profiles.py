@@ -500,6 +500,25 @@ def test_feature_registers(kernel: str, others: int, make: Callable[..., Machine
     assert machine.ioctl(machine.kvm, uapi.KVM_GET_MSRS, msr_list((uapi.MSR_STAR, 0))) == others
 
 
+@pytest.mark.spec("msr.feature", "vcpu.SET_MSRS")
+@pytest.mark.parametrize(("kernel", "changes"), [("6.1", True), ("6.18", False)])
+def test_feature_registers_after_the_first_run(
+    kernel: str, changes: bool, make: Callable[..., Machine]
+) -> None:
+    machine = make(kernel=kernel)
+    machine.start(HLT)
+    assert machine.go() == uapi.KVM_EXIT_HLT
+    assert machine.set_msr(uapi.MSR_PLATFORM_INFO, 0) is changes
+
+
+@pytest.mark.spec("vcpu.GET_MSRS", "msr.unknown")
+@pytest.mark.parametrize(("kernel", "data"), [("4.14", 5), ("5.10", 0), ("6.18", 0)])
+def test_a_register_that_cannot_be_read(kernel: str, data: int, make: Callable[..., Machine]) -> None:
+    msrs = msr_list((0xDEAD0000, 5))
+    assert make(kernel=kernel).do(uapi.KVM_GET_MSRS, msrs) == 0
+    assert msrs.entries[0].data == data
+
+
 # ---- kernels: what changed ---------------------------------------------------------------------------
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
+import threading
 import time
-from errno import EBADF, EEXIST, EFAULT, EINVAL, ENOENT, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
+from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, ENOENT, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
 from typing import TYPE_CHECKING
 
 import pytest
@@ -163,6 +165,40 @@ def test_a_large_page_ends_where_it_ends(machine: Machine) -> None:
     # Its last page, and one behind the slot.
     assert pre_fault(machine, 5 * large - PAGE, 2 * PAGE) == (0, 5 * large, PAGE)
     assert pre_fault(machine, 4 * large, 2 * large) == (0, 5 * large, large)
+
+
+@pytest.mark.spec("vcpu.PRE_FAULT_MEMORY")
+def test_a_signal_that_the_thread_blocks_does_not_end_it(machine: Machine) -> None:
+    emulated(machine, "has no two-dimensional paging")
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        assert pre_fault(machine, 0, RAM) == (0, RAM, 0)
+        assert signal.SIGUSR1 in signal.sigpending()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.spec("vcpu.PRE_FAULT_MEMORY")
+def test_a_signal_that_it_takes_ends_it(machine: Machine) -> None:
+    emulated(machine, "has no two-dimensional paging")
+    size = 64 << 20
+    # Logged, so that it is mapped by small pages.
+    machine.add_slot(1, 1 << 30, size, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    taken: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: taken.append(number))
+    kick = threading.Timer(0.002, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+    try:
+        kick.start()
+        errno, gpa, left = pre_fault(machine, 1 << 30, size)
+    finally:
+        kick.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert (errno, gpa + left) in {(0, (1 << 30) + size), (EINTR, (1 << 30) + size)}
+    assert left
+    assert taken
 
 
 @pytest.mark.spec("vcpu.PRE_FAULT_MEMORY")

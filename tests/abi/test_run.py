@@ -221,6 +221,18 @@ def test_setting_the_same_rip_changes_nothing(machine: Machine) -> None:
     assert (machine.regs.rax, machine.regs.rbx) == (0xAA, 7)
 
 
+@pytest.mark.spec("exit.IO", "run.multi_fragment")
+def test_registers_set_between_two_parts_of_a_write_concern_no_later_exit(machine: Machine) -> None:
+    emulated(machine, "keeps the second part for itself")
+    # mov [0xffe], eax; nop; out dx, al
+    in_hole(machine, b"\x66\xa3\xfe\x0f" + NOP + OUT_DX_AL + HLT, rax=0x44332211, rdx=0x200)
+    assert machine.go() == uapi.KVM_EXIT_MMIO
+    machine.set_regs(rbx=7)
+    assert machine.go() == uapi.KVM_EXIT_MMIO
+    assert machine.go() == uapi.KVM_EXIT_IO
+    assert machine.go() == uapi.KVM_EXIT_HLT
+
+
 @pytest.mark.spec("exit.IO_rep", "run.io_data_page")
 def test_rep_outs_exits_for_each_element(machine: Machine) -> None:
     machine.start(REP_OUTSB + HLT, rcx=3, rsi=0x2000, rdx=0x3F8)

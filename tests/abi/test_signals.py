@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pykvm import uapi
+from pykvm.abi import ffi
+from tests.abi.test_events import handler
 from tests.abi.test_run import SPIN
+from tests.machine import CODE, cpuid_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from tests.machine import Machine
 
 SIG = signal.SIGUSR1
+NOP = b"\x90"
 
 
 class Runner(threading.Thread):
@@ -118,3 +122,62 @@ def test_a_signal_that_the_vcpus_thread_blocks(spinning: Machine, taken: list[in
     runner.join(5)
     signal.signal(signal.SIGUSR2, before)
     assert runner.errno == EINTR
+
+
+@pytest.fixture
+def waiting(machine: Machine, taken: list[int]) -> Machine:
+    """A machine to run with a signal that waits, and that KVM_RUN does not block."""
+    del taken
+    mask = ffi.new("struct kvm_signal_mask *", {"sigset": 8})
+    mask.len = 8
+    machine.do(uapi.KVM_SET_SIGNAL_MASK, mask)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {SIG})
+    signal.pthread_kill(threading.get_ident(), SIG)
+    return machine
+
+
+@pytest.mark.spec("run.eintr", "vcpu.SET_SIGNAL_MASK", "run.order")
+def test_with_a_signal_that_waits_nothing_is_executed(waiting: Machine) -> None:
+    waiting.start(NOP * 2 + SPIN)
+    assert waiting.go_errno() == EINTR
+    assert waiting.run.exit_reason == uapi.KVM_EXIT_INTR
+    assert waiting.regs.rip == CODE
+    # It has not run: its CPUID may change.
+    cpuid = cpuid_list(1)
+    cpuid.entries[0].function = 1
+    assert waiting.errno(uapi.KVM_SET_CPUID2, cpuid) == 0
+
+
+@pytest.mark.spec("run.eintr", "run.complete_then_signal", "exit.IO")
+def test_a_signal_that_waits_lets_an_exit_be_completed(waiting: Machine) -> None:
+    signal.sigtimedwait({SIG}, 0)
+    waiting.start(b"\xe4\x10" + NOP * 2 + SPIN)  # in al, 0x10
+    assert waiting.go() == uapi.KVM_EXIT_IO
+    waiting.data[0] = 0x55
+    signal.pthread_kill(threading.get_ident(), SIG)
+    assert waiting.go_errno() == EINTR
+    assert (waiting.regs.rip, waiting.regs.rax & 0xFF) == (CODE + 2, 0x55)
+
+
+@pytest.mark.spec("run.eintr", "vcpu.GET_VCPU_EVENTS")
+def test_an_exception_that_a_signal_keeps_out_is_injected_the_next_time(waiting: Machine) -> None:
+    waiting.enable(waiting.vm, uapi.KVM_CAP_EXCEPTION_PAYLOAD, 1)
+    handler(waiting, uapi.UD_VECTOR)
+    waiting.start(SPIN)
+    events = waiting.events
+    events.flags, events.exception.pending = uapi.KVM_VCPUEVENT_VALID_PAYLOAD, 1
+    events.exception.nr = uapi.UD_VECTOR
+    waiting.set_events(events)
+    assert waiting.go_errno() == EINTR
+    assert waiting.regs.rip == CODE
+    told = waiting.events.exception
+    assert (told.pending, told.injected, told.nr) == (0, 1, uapi.UD_VECTOR)
+    signal.sigtimedwait({SIG}, 0)
+    assert waiting.go() == uapi.KVM_EXIT_HLT
+
+
+@pytest.mark.spec("run.eintr", "run.irq_window")
+def test_an_open_window_comes_before_a_signal(waiting: Machine) -> None:
+    waiting.start(SPIN, rflags=uapi.X86_EFLAGS_IF | 2)
+    waiting.run.request_interrupt_window = 1
+    assert waiting.go() == uapi.KVM_EXIT_IRQ_WINDOW_OPEN
