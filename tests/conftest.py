@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--exec", action="store_true", help="only ABI tests, in here: under `pykvm exec -- pytest`"
     )
     parser.addoption("--tcg", action="store_true", help="compare guests with QEMU's TCG (tests/guest)")
+
+
+def pytest_configure() -> None:
+    """Have SIGINT: who is started in the background has it ignored, and so would the programs of tests."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
