@@ -9,7 +9,7 @@ python -m pykvm.abi._build
 LD_PRELOAD="$(cc -print-file-name=libasan.so)" \
     ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allow_user_segv_handler=1 \
     PYTHONMALLOC=malloc \
-    python -m pytest -q -p no:cacheprovider tests/unit tests/guest tests/mmu tests/abi \
+    python -m pytest -q tests/unit tests/guest tests/mmu tests/abi \
     --ignore tests/mmu/test_page.py \
     --ignore tests/mmu/test_notifier_exec.py \
     --deselect tests/abi/test_profiles.py::test_exec \
