@@ -261,7 +261,8 @@ def ioctls(markdown: bool) -> None:
     from pykvm import doc
 
     rows = doc.ioctl_rows()
-    click.echo(doc.markdown(rows, doc.HEAD) if markdown else doc.text(rows), nl=False)
+    short = ((name, number, fd, status) for name, number, fd, *_, status, _ in rows)
+    click.echo(doc.markdown(rows, doc.HEAD) if markdown else doc.text(short), nl=False)
 
 
 @main.command()

@@ -165,26 +165,6 @@ def text(lines: Iterable[tuple[str, ...]]) -> str:
     return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows_)
 
 
-def ioctls_markdown() -> str:
-    """Return the table of ioctls for the documentation."""
-    return markdown(ioctl_rows(), HEAD)
-
-
-def ioctls_text() -> str:
-    """Return the table of ioctls for a terminal."""
-    return text((name, number, fd, status) for name, number, fd, *_, status, _ in ioctl_rows())
-
-
-def insns_markdown() -> str:
-    """Return the table of instructions for the documentation."""
-    return markdown(insn_rows(), INSN_HEAD)
-
-
-def insns_text() -> str:
-    """Return the table of instructions for a terminal."""
-    return text(insn_rows())
-
-
 def summary() -> str:
     """Return how much of the API there is, in one line of Markdown."""
     offered = [row for row in rows() if not row.absent and not row.removed]

@@ -434,11 +434,6 @@ def vcpu_ioctl(name: str, form: Form, *, cap: str | None = None, user: bool = Fa
     return _decorator("vcpu", name, form, cap=cap, user=user)
 
 
-def device_ioctl(name: str, form: Form, *, cap: str | None = None, user: bool = False) -> Callable[[F], F]:
-    """Register the handler of a request on a device descriptor."""
-    return _decorator("device", name, form, cap=cap, user=user)
-
-
 def not_offered(kind: str, name: str, *, why: str, errno: int | None = None) -> None:
     """Declare that descriptors of `kind` refuse a request with `errno`, by default as if unknown."""
     number = UNKNOWN_REQUEST[kind] if errno is None else errno

@@ -95,10 +95,6 @@ class Cpu:
         """Wait until the processor has done the flushes requested, or is out of guest mode."""
         lib.cpu_sync(self._cpu)
 
-    def in_guest(self) -> bool:
-        """Say if the processor is in guest mode."""
-        return bool(lib.cpu_in_guest(self._cpu))
-
     def set_signal_mask(self, mask: int) -> None:
         """Have `enter` return EXIT_KICK for pending signals outside `mask` (bit n - 1: signal n)."""
         if mask != self._signal_mask:

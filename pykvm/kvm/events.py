@@ -154,11 +154,6 @@ class Events:
         """Say if an event is half delivered."""
         return self.exception_injected or self.interrupt_injected or self.nmi_injected
 
-    def interrupt_allowed(self, vcpu: Vcpu) -> bool:
-        """Say if the guest would take an external interrupt now."""
-        guest = vcpu.cpu.guest
-        return bool(guest.rflags & _IF) and not guest.interruptibility & _BLOCK_INTR
-
     def nmi_allowed(self, vcpu: Vcpu) -> bool:
         """Say if the guest would take an NMI now."""
         return not vcpu.cpu.guest.interruptibility & _BLOCK_NMI

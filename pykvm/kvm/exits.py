@@ -105,11 +105,6 @@ def is_64_bit_mode(vcpu: Vcpu) -> bool:
     return bool(guest.efer & uapi.EFER_LMA and guest.seg[lib.CPU_SEG_CS].ar & lib.CPU_AR_L)
 
 
-def is_protmode(vcpu: Vcpu) -> bool:
-    """Say if CR0.PE is set."""
-    return bool(vcpu.cpu.guest.cr0 & uapi.X86_CR0_PE)
-
-
 def get_cpl(vcpu: Vcpu) -> int:
     """Return the current privilege level: 0 in real mode, 3 in virtual-8086 mode, else SS.DPL."""
     guest = vcpu.cpu.guest

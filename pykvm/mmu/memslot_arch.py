@@ -85,12 +85,13 @@ class MemslotArch:
         tracked: its frame stays write-protected (__kvm_write_track_add_gfn).
         """
         for level, pages in self.lpage_info.items():
-            _count(pages, self.index(gfn, level), delta)
+            add_count(pages, self.index(gfn, level), delta)
         if tracked:
-            _count(self.write_track, gfn, delta)
+            add_count(self.write_track, gfn, delta)
 
 
-def _count(counts: dict[int, int], key: int, delta: int) -> None:
+def add_count(counts: dict[int, int], key: int, delta: int) -> None:
+    """Change a count; one of 0 is not kept."""
     value = counts.get(key, 0) + delta
     if value:
         counts[key] = value

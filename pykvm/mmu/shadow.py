@@ -612,15 +612,6 @@ class ShadowMmu(Mmu):
         self._finish(zapped, flush=False)
         return found
 
-    def unprotect_gva(self, vcpu: Vcpu, gla: int) -> bool:
-        """Do the same for the frame behind a linear address (kvm_mmu_unprotect_gva_and_retry)."""
-        root = self.state(vcpu).root
-        if root is None or root.paging.root_level == 0:
-            return False
-        guest = GuestTables(self._vm, vcpu.as_id)
-        found = walk.walk_addr(root.paging, gla, Access(ac=True), guest, mark=False)
-        return isinstance(found, Walk) and self.unprotect_gfn(found.gfn, vcpu.as_id)
-
     def _clear_flood(self, root: Root, gla: int) -> None:
         """shadow_page_table_clear_flood(): the tables on the way are in use, they are tables still."""
         page = root.page_for(gla)

@@ -13,6 +13,7 @@ from pykvm import trace
 from pykvm.abi import Gfn, lib
 from pykvm.mmu import spte as sptes
 from pykvm.mmu.guest import GuestTables
+from pykvm.mmu.memslot_arch import add_count
 from pykvm.mmu.rmap import LEVELS, Rmap
 from pykvm.mmu.walk import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, ACCESSED, PRESENT
 
@@ -129,7 +130,7 @@ class ShadowPages:
         return page
 
     def _account_shadowed(self, page: MmuPage, delta: int) -> None:
-        _count(self._shadowed, page.gfn | _SMM * page.role.smm, delta)
+        add_count(self._shadowed, page.gfn | _SMM * page.role.smm, delta)
         slot = self._slot_of(page.gfn, smm=page.role.smm)
         if slot is not None:
             slot.arch.account_shadowed(page.gfn, delta, tracked=page.role.level > sptes.PG_LEVEL_4K)
@@ -525,14 +526,6 @@ class ShadowPages:
                     self.stat.mmu_pde_zapped += 1
                 flush = self.drop_spte(page, index) or flush
         return flush
-
-
-def _count(counts: dict[int, int], key: int, delta: int) -> None:
-    value = counts.get(key, 0) + delta
-    if value:
-        counts[key] = value
-    else:
-        del counts[key]
 
 
 def _is_misaligned(page: MmuPage, gpa: int, size: int) -> bool:

@@ -14,8 +14,9 @@ import pytest
 from pykvm import uapi
 from pykvm.abi import ffi, fields, new
 from pykvm.device import vcpu_of
+from pykvm.kvm import exits
 from pykvm.mmu import RetPf
-from tests.machine import CODE, HOLE, POISON, Machine, emulated
+from tests.machine import CODE, HOLE, POISON, Machine, emulated, errno_of
 
 if TYPE_CHECKING:
     from tests.conftest import NewMachine
@@ -445,6 +446,16 @@ def test_memory_the_host_has_not_is_efault(machine: Machine) -> None:
     assert (fault.flags, fault.gpa, fault.size) == (0, HOLE, 0x1000)
     assert machine.regs.rip == CODE
     assert machine.cap(uapi.KVM_CAP_MEMORY_FAULT_INFO) == 1
+
+
+def test_a_host_fault_that_no_slot_explains_is_not_tried_for_ever(machine: Machine) -> None:
+    if machine.backend.is_file:
+        pytest.skip("looks inside")
+    machine.start(HLT)
+    vcpu = vcpu_of(machine.vcpu)
+    vcpu.cpu.exit.hva = 0x2000_0000
+    assert exits.handle_host_fault(vcpu) is exits.RESUME
+    assert errno_of(lambda: exits.handle_host_fault(vcpu)) == EFAULT
 
 
 @pytest.mark.spec("run.return_values", "run.complete_then_signal")

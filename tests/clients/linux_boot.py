@@ -20,7 +20,7 @@ from tests.clients.guests import KERNEL, OVMF_CODE, OVMF_VARS, CannotRunError, I
 from tests.clients.qemu import Console, ConsoleError, command, is_there, kernel_messages, without_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 PROMPT = "/ # "
@@ -187,6 +187,15 @@ def run(machines: Iterable[str], *, only_fetch: bool) -> bool:
     return all(held)
 
 
+def exit_status(campaign: Callable[[], bool]) -> int:
+    """Run a campaign: 0 all is well, 1 something is not, 2 it cannot be run here."""
+    try:
+        return 0 if campaign() else 1
+    except (CannotRunError, ConsoleError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, CannotRunError) else 1
+
+
 def main() -> int:
     """Take the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.clients.linux_boot", description=__doc__)
@@ -196,15 +205,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.machines) - set(MACHINES):
         parser.error(f"no machine {', '.join(sorted(unknown))}")
-    try:
-        holds = run(arguments.machines or DEFAULT_MACHINES, only_fetch=arguments.fetch)
-    except CannotRunError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ConsoleError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0 if holds else 1
+    return exit_status(lambda: run(arguments.machines or DEFAULT_MACHINES, only_fetch=arguments.fetch))
 
 
 if __name__ == "__main__":

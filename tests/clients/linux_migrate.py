@@ -15,7 +15,15 @@ import time
 from pathlib import Path
 
 from tests.clients.guests import CannotRunError, Initramfs, fetch
-from tests.clients.linux_boot import BOOT_TIMEOUT, COMMAND_TIMEOUT, MACHINES, PROMPT, is_trouble, start
+from tests.clients.linux_boot import (
+    BOOT_TIMEOUT,
+    COMMAND_TIMEOUT,
+    MACHINES,
+    PROMPT,
+    exit_status,
+    is_trouble,
+    start,
+)
 from tests.clients.qemu import Console, ConsoleError, is_there, kernel_messages
 
 # Sums in floating point, checked against the same sums: a register lost on the way shows.
@@ -113,22 +121,19 @@ def _goes_on(console: Console) -> bool:
     return counts[1] > counts[0] > 0 and not wrong
 
 
+def run() -> bool:
+    """Migrate with what is fetched; say if all went well."""
+    fetch()
+    if not is_there():
+        raise CannotRunError("qemu-system-x86_64 is not installed")
+    with tempfile.TemporaryDirectory() as scratch:
+        return migrate(Path(scratch))
+
+
 def main() -> int:
     """Return the exit status."""
     argparse.ArgumentParser(prog="python -m tests.clients.linux_migrate", description=__doc__).parse_args()
-    try:
-        fetch()
-        if not is_there():
-            print("qemu-system-x86_64 is not installed", file=sys.stderr)
-            return 2
-        with tempfile.TemporaryDirectory() as scratch:
-            return 0 if migrate(Path(scratch)) else 1
-    except CannotRunError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ConsoleError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import sys
 from pathlib import Path
 
 from tests.clients.guests import MODULES, CannotRunError, Initramfs, fetch
-from tests.clients.linux_boot import BOOT_TIMEOUT, MACHINES, PROMPT, Machine, is_trouble, start
-from tests.clients.qemu import Console, ConsoleError, is_there, kernel_messages
+from tests.clients.linux_boot import BOOT_TIMEOUT, MACHINES, PROMPT, Machine, exit_status, is_trouble, start
+from tests.clients.qemu import Console, is_there, kernel_messages
 
 HERE = Path(__file__).parent
 PYTHON = Path("/usr/bin/python3")
@@ -130,15 +130,7 @@ def main() -> int:
         machine = machine._replace(extensions=("no-tdp",))
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}")
-    try:
-        good = run(parts or list(PARTS), machine)
-    except CannotRunError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ConsoleError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0 if good else 1
+    return exit_status(lambda: run(parts or list(PARTS), machine))
 
 
 if __name__ == "__main__":

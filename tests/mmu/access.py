@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from pykvm.client import Hlt, Kvm
 from tests.guest.bare import assemble
 from tests.mmu import reference
+from tests.mmu.guest import set_flat_segments
 from tests.mmu.reference import (
     ACCESSED,
     CR0_WP,
@@ -400,15 +401,8 @@ class AccessGuest:
             sregs.cr0, sregs.cr3 = 0x8001_0031, self.root
             sregs.cr4 = CR4_PSE if self.width == 32 else CR4_PAE | CR4_LA57 * (self.level == 5)
             sregs.efer = 0x500 if self.wide else 0
-            for name in ("cs", "ds", "es", "ss", "fs", "gs"):
-                segment = getattr(sregs, name)
-                segment.base, segment.limit = 0, 0xFFFF_FFFF
-                # The data segments stay what they are through IRET to CPL 3.
-                segment.selector = {"cs": 8, "ss": 0x10}.get(name, 0x23)
-                kind = (3, 0, 1) if name != "cs" else (11, 1, 0) if self.wide else (11, 0, 1)
-                segment.type, segment.l, segment.db = kind
-                segment.present = segment.s = segment.g = 1
-                segment.dpl, segment.unusable = segment.selector & 3, 0
+            # The data segments stay what they are through IRET to CPL 3.
+            set_flat_segments(sregs, wide=self.wide, data=0x23)
             sregs.idt.base, sregs.idt.limit = IDT, 0x81 * 16
             sregs.gdt.base, sregs.gdt.limit = GDT, 0x27
             sregs.tr.base, sregs.tr.limit, sregs.tr.selector, sregs.tr.type = TSS, 0x67, 0x28, 11

@@ -21,6 +21,7 @@ from functools import cache
 from pykvm.abi import ffi, uapi
 from pykvm.client import Exit, Hlt, Io, Kvm, Mmio, OtherExit, Vcpu
 from tests.guest.bare import assemble
+from tests.mmu.guest import set_flat_segments
 from tests.mmu.reference import Cpu, P
 
 IDT, GDT, TSS, CODE, USER_CODE = 0x2000, 0x3000, 0x3800, 0x10000, 0x18000
@@ -361,14 +362,7 @@ class Driver:
         with vcpu.sregs as sregs:
             sregs.cr0, sregs.cr3 = self.initial_cr0, self.root(0)
             sregs.cr4, sregs.efer = self.initial_cr4, self.initial_efer
-            for name in ("cs", "ds", "es", "ss", "fs", "gs"):
-                segment = getattr(sregs, name)
-                segment.base, segment.limit = 0, 0xFFFF_FFFF
-                segment.selector = {"cs": 8, "ss": 0x10}.get(name, 0x23)
-                kind = (3, 0, 1) if name != "cs" else (11, 1, 0) if self.wide else (11, 0, 1)
-                segment.type, segment.l, segment.db = kind
-                segment.present = segment.s = segment.g = 1
-                segment.dpl, segment.unusable = segment.selector & 3, 0
+            set_flat_segments(sregs, wide=self.wide, data=0x23)
             sregs.idt.base, sregs.idt.limit = IDT, 0x81 * 16
             sregs.gdt.base, sregs.gdt.limit = GDT, 0x27
             sregs.tr.base, sregs.tr.limit, sregs.tr.selector, sregs.tr.type = tss, 0x67, 0x28, 11

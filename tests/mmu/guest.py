@@ -24,6 +24,7 @@ from tests.guest.bare import assemble
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from pykvm.abi import CData
     from pykvm.kvm.vcpu import Vcpu as KernelVcpu
     from pykvm.kvm.vm import Vm as KernelVm
     from pykvm.mmu.view import PageView
@@ -55,6 +56,18 @@ class BinaryStats:
 
     def __getitem__(self, name: str) -> int:
         return int.from_bytes(os.pread(self.fd, 8, self.offsets[name]), "little")
+
+
+def set_flat_segments(sregs: CData, *, wide: bool, data: int) -> None:
+    """Code 8, stack 0x10, and the others `data`, all from 0 to 4 GiB; wide: 64-bit code."""
+    for name in ("cs", "ds", "es", "ss", "fs", "gs"):
+        segment = getattr(sregs, name)
+        segment.base, segment.limit = 0, 0xFFFF_FFFF
+        segment.selector = {"cs": 8, "ss": 0x10}.get(name, data)
+        kind = _DATA if name != "cs" else _CODE64 if wide else _CODE32
+        segment.type, segment.l, segment.db = kind
+        segment.present = segment.s = segment.g = 1
+        segment.dpl, segment.unusable = segment.selector & 3, 0
 
 
 class PagingGuest:
@@ -134,13 +147,7 @@ class PagingGuest:
             sregs.cr4 |= self.cr4 | uapi.X86_CR4_LA57 * (self.width == 57)
             if self.long:
                 sregs.efer |= uapi.EFER_LME | uapi.EFER_LMA
-            for name in ("cs", "ds", "es", "ss", "fs", "gs"):
-                segment = getattr(sregs, name)
-                segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, 8 if name == "cs" else 16
-                kind = _DATA if name != "cs" else _CODE64 if self.long else _CODE32
-                segment.type, segment.l, segment.db = kind
-                segment.present = segment.s = segment.g = 1
-                segment.dpl = segment.unusable = 0
+            set_flat_segments(sregs, wide=self.long, data=0x10)
             sregs.idt.base, sregs.idt.limit = IDT, 0xFFF
             sregs.gdt.base, sregs.gdt.limit = GDT, 0x7F
         self.write(GDT + 8, 0xAF9B000000FFFF if self.long else 0xCF9B000000FFFF, 8)
