@@ -1095,6 +1095,23 @@ def test_what_a_python_programs_signal_handler_raises_arrives(tmp_path: Path) ->
     assert passes(sys.executable, script) == "raised\n" * 6
 
 
+USES_THE_MODULE_TOO = """
+import os
+from pykvm.client import Kvm
+os.open("/dev/kvm", os.O_RDWR)
+with Kvm() as kvm, kvm.create_vm() as vm:
+    vm.create_vcpu(0)
+print("made")
+"""
+
+
+def test_a_python_program_that_uses_the_module_too(tmp_path: Path) -> None:
+    """Calls of the module come from outside the library, which must not take its handlers for the program's."""
+    script = tmp_path / "client.py"
+    script.write_text(USES_THE_MODULE_TOO)
+    assert execute(sys.executable, script, timeout=20).stdout == "made\n"
+
+
 def test_the_abi_tests_as_a_program() -> None:
     """One source, three devices: in this process, a program's under `pykvm exec`, and --real."""
     options = ("-q", "-p", "no:cacheprovider", "--exec", "--ignore", "tests/abi/test_unchanged.py")
